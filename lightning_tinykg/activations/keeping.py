@@ -1,0 +1,194 @@
+"""How a saved tensor is kept: the form that unpack restores it from.
+
+Every form holds all it needs by itself, knows nothing of the context that made it, and restores as often as it is
+asked to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lightning_tinykg.activations.ledger import Entry
+from lightning_tinykg.activations.storages import Layout
+from lightning_tinykg.codecs.lossless import Code
+
+
+class Kept(Protocol):
+    """What is kept of one saved tensor."""
+
+    def restore(self) -> Tensor:
+        """The tensor: its shape, dtype and device, and values that serve its backward."""
+
+
+def check_version(tensor: Tensor, version: int, what: str) -> None:
+    """Raise what autograd would have raised, had hooks not switched its check off.
+
+    Raises:
+        RuntimeError: if the tensor has been modified in place since it was saved.
+    """
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{tensor.type()} {list(tensor.shape)}], {what}, is at version {tensor._version}; "
+            f"expected version {version} instead."
+        )
+
+
+@dataclass(slots=True)
+class Reference:
+    """The tensor itself: a parameter, the user's, or one whose exact value is needed.
+
+    It holds a detached alias, never the tensor: an output that holds its own node would never be freed.
+    """
+
+    alias: Tensor
+    version: int
+    what: str
+
+    @classmethod
+    def to(cls, tensor: Tensor, what: str) -> Reference:
+        """A reference to a tensor, at its present version."""
+        return cls(tensor.detach(), tensor._version, what)
+
+    def restore(self) -> Tensor:
+        """The tensor, if it is still what it was.
+
+        Raises:
+            RuntimeError: if it has been modified in place.
+        """
+        check_version(self.alias, self.version, self.what)
+        return self.alias.detach()
+
+
+@dataclass(slots=True)
+class Record:
+    """One run of elements, and all codes of it. A save that needs more precision replaces the code for every save.
+
+    Attributes:
+        storage: weak reference to the storage; while it is held, no other storage gets this one's identity.
+        value: the code that restores the elements, or None.
+        bits: the precision of ``value``; 32 where it is exact.
+        reference: the run itself, where it is kept as it is.
+        entry: the ledger's entry that paid for ``value`` or ``reference``.
+        levels: the codes that restore a side or a sign only, by rule.
+    """
+
+    storage: StorageWeakRef
+    value: Code | None = None
+    bits: int = 0
+    reference: Reference | None = None
+    entry: Entry | None = None
+    levels: dict[Any, Code] = field(default_factory=dict)
+
+    def elements(self) -> Tensor:
+        """The elements, restored."""
+        if self.reference is not None:
+            return self.reference.restore()
+        assert self.value is not None
+        return self.value.decode()
+
+
+@dataclass(slots=True)
+class Coded:
+    """A view of a record's elements."""
+
+    record: Record
+    layout: Layout
+
+    def restore(self) -> Tensor:
+        """De-quantized, or as it was."""
+        return self.layout.restore(self.record.elements())
+
+
+@dataclass(slots=True)
+class Levels:
+    """A tensor of which only sides, signs or the shape are kept."""
+
+    code: Code
+    layout: Layout
+
+    def restore(self) -> Tensor:
+        """Representatives of each element's side."""
+        flat = self.code.decode()
+        if flat.numel() and flat.stride() == (0,):  # shape only: zeros without memory
+            return flat[0].expand(self.layout.shape)
+        return self.layout.restore(flat)
+
+
+@dataclass(slots=True)
+class Gathered:
+    """Rows of a table that is kept anyway: gathered again when they are needed.
+
+    Attributes:
+        gather: the op, called as in the forward.
+        arguments: its arguments; a :class:`Kept` stands for each tensor.
+        shape: shape of the saved tensor, which may be a view of the rows.
+        stride: its strides.
+        offset: its offset in the rows.
+    """
+
+    gather: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def restore(self) -> Tensor:
+        """Gather again."""
+        rows = self.gather(*(_restored(argument) for argument in self.arguments))
+        return rows.as_strided(self.shape, self.stride, rows.storage_offset() + self.offset)
+
+
+def _restored(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_restored(item) for item in argument)
+    if isinstance(argument, (Reference, Coded, Gathered, Levels)):
+        return argument.restore()
+    return argument
+
+
+class Saved:
+    """What autograd is given in a tensor's place; filled in once the op that saves it is known.
+
+    Attributes:
+        tensor: the tensor, until it is encoded.
+        version: its version when it was saved.
+        kept: what is kept of it, once it is encoded.
+    """
+
+    __slots__ = ("attempts", "kept", "module", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, module: str) -> None:
+        self.tensor: Tensor | None = tensor
+        self.version = tensor._version if not tensor.is_inference() else 0
+        self.kept: Kept | None = None
+        self.module = module
+        self.attempts = 0
+
+    def raw(self) -> Tensor:
+        """The tensor, while it is not encoded."""
+        assert self.tensor is not None
+        return self.tensor
+
+    def fill(self, kept: Kept) -> None:
+        """Let go of the tensor for what is kept of it."""
+        self.kept, self.tensor = kept, None
+
+    def unpack(self) -> Tensor:
+        """Give autograd the tensor back, as often as it asks.
+
+        Raises:
+            RuntimeError: if what was kept by reference has been modified in place.
+        """
+        with torch._C.DisableTorchFunction():
+            if self.kept is not None:
+                return self.kept.restore()
+            tensor = self.raw()
+            check_version(tensor, self.version, "saved for backward")
+            return tensor.detach()

@@ -1,0 +1,250 @@
+"""One table: what does the backward of an op need of each tensor that it saved?
+
+Stochastic rounding is unbiased only where the gradient is linear in the saved tensor. So each (autograd node, saved
+attribute) has a need, from the formula of its backward (PyTorch's ``derivatives.yaml``):
+
+============  ======================================================  =========================  ==================
+need          the backward ...                                        kept                       gradient
+============  ======================================================  =========================  ==================
+``SHAPE``     asks for nothing but the sizes                          nothing                    exact
+a ``Side``    asks on which side of a threshold an element lies       1 bit                      exact
+``SIGN``      multiplies by the sign                                  2 bits                     exact
+``MASK``      multiplies by a constant, possibly a two-level mask     1 bit, or b bits           exact, or unbiased
+``LINEAR``    is linear in it (products, matrix products)             b bits                     unbiased
+``SMOOTH``    is a smooth, non-linear function of it                  at least 8 bits            bounded
+``EXACT``     compares it, divides by it, or needs it as it is        the elements               exact
+============  ======================================================  =========================  ==================
+
+A node that is not in the table is kept exactly if it is one of PyTorch's own, and is ``SMOOTH`` if it is a custom
+function or a compiled graph, of which nothing can be known. Integers and bools are kept without loss, always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tinykg.activations.storages import node_name
+
+
+class Need(Enum):
+    """What a backward needs of a saved tensor; see the table above."""
+
+    SHAPE = "shape"
+    SIGN = "sign"
+    MASK = "mask"
+    LINEAR = "linear"
+    SMOOTH = "smooth"
+    EXACT = "exact"
+
+
+SHAPE, SIGN, MASK, LINEAR, SMOOTH, EXACT = Need
+
+
+@dataclass(frozen=True)
+class Side:
+    """A backward that only asks on which side of a threshold an element lies.
+
+    Attributes:
+        key: what tells two sides apart: the kind and its thresholds.
+        inside: the question, in the words of the op's own kernel, so that NaN gets the kernel's answer.
+        levels: an element to restore for "no" and one for "yes": any that give the same answer.
+    """
+
+    key: tuple[Any, ...]
+    inside: Callable[[Tensor], Tensor]
+    levels: tuple[float, float]
+
+
+Rule = Need | Side
+
+
+def _sides(kind: str, inside: Callable[[Tensor], Tensor], no: float, yes: float) -> Side:
+    return Side((kind,), inside, (no, yes))
+
+
+RELU = _sides("relu", lambda x: ~(x <= 0), 0.0, 1.0)
+LEAKY_RELU = _sides("leaky_relu", lambda x: x > 0, -1.0, 1.0)
+HARDSIGMOID = _sides("hardsigmoid", lambda x: (x > -3) & (x < 3), 4.0, 0.0)
+FINITE = _sides("finite", torch.isfinite, inf, 0.0)
+
+
+def _threshold(node: Any) -> Rule:
+    bound = node._saved_threshold
+    return Side(("threshold", bound), lambda x: ~(x <= bound), (-inf, inf))
+
+
+def _clamp_min(node: Any) -> Rule:
+    if hasattr(node, "_raw_saved_min"):
+        return EXACT
+    bound = node._saved_min
+    return Side(("clamp_min", bound), lambda x: x >= bound, (-inf, inf))
+
+
+def _clamp_max(node: Any) -> Rule:
+    if hasattr(node, "_raw_saved_max"):
+        return EXACT
+    bound = node._saved_max
+    return Side(("clamp_max", bound), lambda x: x <= bound, (inf, -inf))
+
+
+def _clamp(node: Any) -> Rule:
+    if hasattr(node, "_raw_saved_min"):
+        return EXACT
+    low, high = node._saved_min, node._saved_max
+    if high is None:
+        return _clamp_min(node)
+    if low is None:
+        return _clamp_max(node)
+    if low > high:
+        return EXACT
+    return Side(("clamp", low, high), lambda x: (x >= low) & (x <= high), (inf, low))
+
+
+def _hardtanh(node: Any) -> Rule:
+    low, high = node._saved_min_val, node._saved_max_val
+    if not low < (low + high) / 2 < high:
+        return EXACT
+    return Side(("hardtanh", low, high), lambda x: ~((x <= low) | (x >= high)), (inf, (low + high) / 2))
+
+
+def _shrink(node: Any) -> Rule:
+    bound = node._saved_lambd
+    return Side(("shrink", bound), lambda x: ~((x >= -bound) & (x <= bound)), (0.0, inf))
+
+
+def _vector_norm(node: Any) -> Rule:
+    # the 2-norm's own backward is linear in x; normalize divides by the norm and multiplies by x again
+    return {2: SMOOTH, 1: SIGN}.get(node._saved_ord, EXACT)
+
+
+def _norm(node: Any) -> Rule:
+    return {2: SMOOTH, 1: SIGN}.get(getattr(node, "_saved_p", 2), EXACT)
+
+
+def _power(node: Any) -> Rule:
+    exponent = node._saved_exponent
+    if isinstance(exponent, Tensor) or isinstance(exponent, complex) or exponent != int(exponent) or exponent < 1:
+        return EXACT  # near zero the derivative has no bound
+    return LINEAR if exponent <= 2 else SMOOTH
+
+
+def _scatter_reduce(node: Any) -> Rule:
+    return SHAPE if node._saved_reduce in ("sum", "mean") else EXACT
+
+
+
+
+_PRODUCT = {"self": LINEAR, "other": LINEAR}
+_MATRIX_PRODUCT = {"self": LINEAR, "mat2": LINEAR}
+_ATTENTION = {"query": SMOOTH, "key": SMOOTH, "value": SMOOTH, "output": SMOOTH}
+_SHAPE_ONLY = {"self": SHAPE}
+_SMOOTH_INPUT = {"self": SMOOTH}
+_SMOOTH_RESULT = {"result": SMOOTH}
+_LINEAR_RESULT = {"result": LINEAR}
+
+RULES: dict[str, dict[str, Rule | Callable[[Any], Rule]]] = {
+    # products: linear in each factor
+    "Mul": {"self": MASK, "other": MASK},
+    "Addcmul": {"tensor1": LINEAR, "tensor2": LINEAR},
+    "Dot": {"self": LINEAR, "tensor": LINEAR},
+    "Vdot": _PRODUCT,
+    "LinalgCross": _PRODUCT,
+    "Lerp": {"weight": LINEAR, "self": LINEAR, "end": LINEAR},
+    "Mm": _MATRIX_PRODUCT,
+    "Bmm": _MATRIX_PRODUCT,
+    "Mv": {"self": LINEAR, "vec": LINEAR},
+    "Addmm": {"mat1": LINEAR, "mat2": LINEAR},
+    "Addmv": {"mat": LINEAR, "vec": LINEAR},
+    "Addr": {"vec1": LINEAR, "vec2": LINEAR},
+    "Addbmm": {"batch1": LINEAR, "batch2": LINEAR},
+    "Baddbmm": {"batch1": LINEAR, "batch2": LINEAR},
+    "Linear": {"input": LINEAR, "weight": LINEAR},
+    "Convolution": {"input": LINEAR, "weight": LINEAR},
+    "SparseAddmm": {"mat2": LINEAR},
+    "MseLoss": {"self": LINEAR, "target": LINEAR},
+    "Var": _PRODUCT,
+    "Std": {"self": LINEAR},
+    # a quotient is linear in its numerator alone
+    "Div": {"self": LINEAR, "other": EXACT},
+    # results whose derivative is themselves
+    "Exp": _LINEAR_RESULT,
+    "Exp2": _LINEAR_RESULT,
+    "Expm1": _LINEAR_RESULT,
+    # powers and norms
+    "Pow": {"self": _power},
+    "LinalgVectorNorm": {"self": _vector_norm, "result": EXACT},
+    "Norm": {"self": _norm, "result": EXACT},
+    # sides
+    "Relu": {"result": RELU},
+    "LeakyRelu": {"self": LEAKY_RELU, "result": LEAKY_RELU},
+    "Threshold": {"self": _threshold},
+    "Clamp": {"self": _clamp},
+    "ClampMin": {"self": _clamp_min},
+    "ClampMax": {"self": _clamp_max},
+    "Hardtanh": {"self": _hardtanh, "result": _hardtanh},
+    "Hardsigmoid": {"self": HARDSIGMOID},
+    "Hardshrink": {"self": _shrink},
+    "Softshrink": {"self": _shrink},
+    "NanToNum": {"self": FINITE},
+    "Abs": {"self": SIGN},
+    # smooth functions of the input
+    **dict.fromkeys(
+        ("Elu", "Celu", "Gelu", "Silu", "Mish", "Softplus", "LogSigmoid", "Hardswish", "Glu", "Sin", "Cos", "Sinh",
+         "Cosh", "Erf", "Erfc", "Atan", "Asinh", "Sinc"),
+        _SMOOTH_INPUT,
+    ),
+    # smooth functions of the result
+    **dict.fromkeys(("Tanh", "Sigmoid", "Softmax", "SafeSoftmax"), _SMOOTH_RESULT),
+    # normalisation: statistics stay exact
+    "NativeLayerNorm": {"input": SMOOTH},
+    "NativeBatchNorm": {"input": SMOOTH},
+    "NativeGroupNorm": {"input": SMOOTH},
+    # fused attention
+    "ScaledDotProductFlashAttentionForCpu": _ATTENTION,
+    "ScaledDotProductFlashAttention": _ATTENTION,
+    "ScaledDotProductEfficientAttention": _ATTENTION,
+    # only the sizes
+    "IndexAdd": {"source": SHAPE},
+    "IndexCopy": {"source": SHAPE},
+    "IndexPut": {"values": SHAPE},
+    "ScatterReduce": {"self": _scatter_reduce, "src": _scatter_reduce, "result": _scatter_reduce},
+    "NllLoss": _SHAPE_ONLY,
+    "NllLoss2D": _SHAPE_ONLY,
+    **dict.fromkeys(
+        ("Gather", "MaskedSelect", "Take", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D",
+         "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D",
+         "ReflectionPad1D", "ReflectionPad2D", "ReflectionPad3D",
+         "ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D"),
+        _SHAPE_ONLY,
+    ),
+}  # fmt: skip
+"""The table: node name (without ``Backward0``) -> saved attribute -> need, or a function of the node that gives it."""
+
+
+def rule_for(node: Any, attribute: str) -> Rule:
+    """The need of one saved attribute of an autograd node.
+
+    Args:
+        node: the autograd node (a tensor's ``grad_fn``), or None where it is not known.
+        attribute: the saved attribute's name without ``_raw_saved_``.
+
+    Returns:
+        The need, from :data:`RULES`; ``SMOOTH`` for a custom function or an unknown node, ``EXACT`` for an op of
+        PyTorch's own that is not in the table.
+
+    Example:
+        >>> x = torch.randn(3, requires_grad=True)
+        >>> rule_for(x.exp().grad_fn, "result"), rule_for(x.log().grad_fn, "self")
+        (<Need.LINEAR: 'linear'>, <Need.EXACT: 'exact'>)
+    """
+    if node is None or attribute == "tensors":
+        return SMOOTH
+    rule = RULES.get(node_name(node), {}).get(attribute, EXACT)
+    return rule if isinstance(rule, (Need, Side)) else rule(node)

@@ -1,0 +1,219 @@
+"""Whose memory is it? Identity, layout and provenance of the tensors that autograd saves.
+
+Many saved tensors are one storage: duplicates, views, transposes, expanded copies. And not all of them belong to the
+graph: parameters, the batch and the edge index are the user's, and cost nothing to refer to. What is decided here is
+decided by storage, never by address: addresses are used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
+
+_VIEWS_AND_CASTS = frozenset(
+    {
+        "T", "ToCopy", "View", "ReshapeAlias", "Transpose", "Permute", "Expand", "Unsqueeze", "Squeeze", "Select",
+        "Slice", "SplitWithSizes", "Split", "Alias", "UnsafeView", "Clone", "AsStrided", "Detach", "Unbind",
+    }
+)  # fmt: skip
+
+
+def node_name(node: Any) -> str:
+    """The name of an autograd node without its suffix: ``MulBackward0`` is ``Mul``.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> node_name((x * x).grad_fn)
+        'Mul'
+    """
+    name: str = node.name().rpartition("::")[2]
+    return name.rstrip("0123456789").removesuffix("Backward")
+
+
+def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors in an argument or a result: itself, or in lists, tuples and dicts up to ``depth`` deep.
+
+    Example:
+        >>> len(list(tensors_in([torch.ones(1), {"a": (torch.ones(1), 3)}])))
+        2
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+    elif depth and isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary strided one, with a storage of its own that can be looked into.
+
+    Sparse, quantized, complex, fake, nested and subclass tensors (other than parameters) are not.
+    """
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_complex()
+        and not tensor.is_quantized
+        and not tensor.is_neg()
+        and not tensor.is_meta
+    )
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Which storage a tensor lies in. Good for as long as the storage, or a weak reference to it, is held."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter, a view of one, or a chain of views and casts away from one.
+
+    Correct for plain, DDP, AMP (a cast copy), FSDP1 (a slice of a flat parameter) and FSDP2: neither the type nor the
+    storage tells in all of them.
+
+    Example:
+        >>> linear = torch.nn.Linear(2, 2)
+        >>> is_weight(linear.weight.t()), is_weight(linear(torch.ones(1, 2)))
+        (True, False)
+    """
+    if isinstance(tensor, Parameter) or isinstance(tensor._base, Parameter):
+        return True
+    if tensor.requires_grad and tensor.is_leaf:
+        return True
+    node = tensor.grad_fn
+    while node is not None:
+        name = node_name(node)
+        if name == "AccumulateGrad":
+            return True
+        edges = node.next_functions
+        if name not in _VIEWS_AND_CASTS or len(edges) != 1:
+            return False
+        node = edges[0][0]
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a tensor lies on the flat run of elements that is kept for it.
+
+    A tensor whose elements fill a run of its storage (contiguous, transposed, permuted, or any of these expanded) is
+    kept as that run, so that all views of it share one copy. Any other is kept row by row, without its expanded
+    dimensions.
+
+    Attributes:
+        shape: the tensor's shape.
+        stride: its strides, 0 where it is expanded.
+        offset: the run's place in the storage, in elements.
+        numel: the run's elements.
+        dense: whether it is a run of the storage.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    numel: int
+    dense: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """The layout of a plain tensor.
+
+        Example:
+            >>> layout = Layout.of(torch.ones(4, 1).expand(4, 100))
+            >>> layout.numel, layout.dense
+            (4, True)
+        """
+        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        dimensions = sorted((s, n) for n, s in zip(shape, stride, strict=True) if n != 1 and s != 0)
+        run, dense = 1, True
+        for step, size in dimensions:
+            dense = dense and step == run
+            run *= size
+        if tensor.numel() == 0:
+            run = 0
+        return cls(shape, stride, tensor.storage_offset(), run, dense)
+
+    def run(self, tensor: Tensor) -> Tensor:
+        """The elements to keep: flat where they are a run, otherwise the tensor without its expanded dimensions."""
+        if self.dense:
+            return tensor.as_strided((self.numel,), (1,), self.offset)
+        return tensor[tuple(slice(0, 1) if s == 0 else slice(None) for s in self.stride)]
+
+    def restore(self, flat: Tensor) -> Tensor:
+        """The tensor, of the right shape (and strides where it was a run), on restored elements."""
+        if self.dense:
+            return flat.as_strided(self.shape, self.stride, flat.storage_offset())
+        small = [1 if s == 0 else n for n, s in zip(self.shape, self.stride, strict=True)]
+        return flat.view(small).expand(self.shape)
+
+
+class Provenance:
+    """Which storages were made while compression was on, and so belong to the graph, and which are the user's."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, StorageWeakRef] = {}
+        self._held: dict[int, StorageWeakRef] = {}
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Note tensors as the user's: the inputs of the model."""
+        for tensor in tensors:
+            if is_plain(tensor) and not tensor.requires_grad and storage_id(tensor) not in self._made:
+                self._note(self._held, tensor)
+
+    def made(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
+        """Note what an op made. What requires a gradient need not be noted: its history tells.
+
+        A view of the user's tensor remains the user's.
+        """
+        for out in outputs:
+            if out.requires_grad or not is_plain(out) or storage_id(out) in self._made:
+                continue
+            source = storage_id(out)
+            shared = [t for t in inputs if is_plain(t) and storage_id(t) == source]
+            if all(t.requires_grad and not is_weight(t) for t in shared):
+                self._note(self._made, out)
+
+    def is_users(self, tensor: Tensor, inputs: Iterable[Tensor] | None) -> bool:
+        """Whether a tensor that is about to be kept is the user's own memory, free to refer to.
+
+        Args:
+            tensor: a plain tensor.
+            inputs: the inputs of the op that saves it; None where the op is not known.
+        """
+        storage = storage_id(tensor)
+        if storage in self._made:
+            return False
+        if storage in self._held:
+            return True
+        if is_weight(tensor):
+            # a cast copy of a weight is no parameter's storage: the graph alone keeps it
+            return not self._is_cast(tensor)
+        if tensor.requires_grad:
+            return False
+        if inputs is None:
+            return False
+        # saved, not made by an op that was seen, and an input: it was there before
+        return any(is_plain(t) and storage_id(t) == storage for t in inputs)
+
+    @staticmethod
+    def _is_cast(tensor: Tensor) -> bool:
+        node = tensor.grad_fn
+        while node is not None and node_name(node) != "AccumulateGrad":
+            if node_name(node) in ("ToCopy", "Clone"):
+                return True
+            node = node.next_functions[0][0]
+        return False
+
+    @staticmethod
+    def _note(where: dict[int, StorageWeakRef], tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in where:
+            where[storage._cdata] = StorageWeakRef(storage)
