@@ -100,7 +100,7 @@ class compress_activations:  # noqa: N801 (reads as the verb it is, like torch.n
         ledger = Ledger()
         keeper = Keeper(
             bits=self.bits,
-            group_size=self.group_size or (32 if self.bits <= 2 else 64),
+            group_size=self.group_size,
             min_bytes=self.min_bytes,
             by_rules=self.recipe == "rules",
             key=make_key(self.seed, self.step),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,13 @@ from lightning_tinykg.codecs.lossless import (
     encode_two_levels,
 )
 from lightning_tinykg.codecs.noise import make_key
+from lightning_tinykg.codecs.packing import BITS
 
-SMOOTH_BITS = 8
-"""The least width of what enters a backward non-linearly."""
+_RAISED_BITS = {1: 4, 2: 4, 4: 8, 8: 8}
+"""By width: the least width of what enters a backward non-linearly, and of coefficients."""
 
-NARROW = 16
-"""A tensor whose last dimension is narrower than this holds coefficients, not features: see :meth:`Keeper._bits`."""
+_NARROW = 16
+"""A tensor whose last dimension is narrower than this holds coefficients, not features."""
 
 
 @dataclass(slots=True)
@@ -53,7 +55,7 @@ class Keeper:
 
     Args:
         bits: width of what is rounded; 32 keeps all values exact.
-        group_size: elements that share a scale.
+        group_size: elements that share a scale; None: by width.
         min_bytes: what is smaller is kept as it is.
         by_rules: by the table of rules, or every float as in the paper.
         key: key of the noise.
@@ -61,7 +63,7 @@ class Keeper:
     """
 
     def __init__(
-        self, *, bits: int, group_size: int, min_bytes: int, by_rules: bool, key: int, ledger: Ledger
+        self, *, bits: int, group_size: int | None, min_bytes: int, by_rules: bool, key: int, ledger: Ledger
     ) -> None:
         self.provenance = Provenance()
         self._width = bits
@@ -71,6 +73,9 @@ class Keeper:
         self._key = key
         self._ledger = ledger
         self._draws = 0
+        self._largest = 0
+        self._raw_bytes = 0
+        self._extra = 0
         self._records: dict[tuple[Any, ...], Record] = {}
         self._storages: dict[int, tuple[StorageWeakRef, Entry]] = {}
         self._origins: dict[int, Origin] = {}
@@ -158,8 +163,8 @@ class Keeper:
                 if mask is not None:
                     return self._levels(tensor, layout, "mask", lambda run: mask, entry)
         floating = tensor.dtype in FLOAT_DTYPES
-        bits = self._bits(tensor, rule) if floating else 32
-        if (gathered := self._gathered(tensor, rule, bits, entry)) is not None:
+        least = self._least(tensor, rule)
+        if (gathered := self._gathered(tensor, rule, least, entry)) is not None:
             return gathered
         layout = Layout.of(tensor)
         if layout.numel * tensor.itemsize < self._min_bytes:
@@ -170,40 +175,67 @@ class Keeper:
             return self._levels(tensor, layout, rule.key, lambda run: encode_levels(run, inside, levels), entry)
         if floating and rule is SIGN:
             return self._levels(tensor, layout, "sign", encode_signs, entry)
-        return self._value(tensor, bits, entry)
+        return self._value(tensor, least, entry)
 
-    def _bits(self, tensor: Tensor, rule: Rule) -> int:
-        """The width for a float under a rule.
+    def _least(self, tensor: Tensor, rule: Rule) -> int:
+        """The least width for a tensor under a rule.
 
-        What is narrower than a few elements per row is no feature but a coefficient (an attention weight, a degree,
-        a score): it multiplies a whole row of features, so its error counts for all of them, while it takes a
-        fraction of their memory. It is never rounded to less than 8 bits.
+        What enters its backward non-linearly gets at least ``_RAISED_BITS``, and so does what has only a few elements
+        in a row: it holds coefficients (attention weights, scores, degrees), each of which multiplies a whole row of
+        features, so its error counts for all of them while it takes a fraction of their memory.
         """
-        if self._width == 32 or rule is EXACT or not isinstance(rule, Need):
+        if self._width == 32 or rule is EXACT or not isinstance(rule, Need) or tensor.dtype not in FLOAT_DTYPES:
             return 32
-        if rule is SMOOTH or tensor.dim() < 2 or tensor.shape[-1] < NARROW:
-            return max(self._width, SMOOTH_BITS)
-        return self._width
+        narrow = tensor.dim() < 2 or tensor.shape[-1] < _NARROW
+        return _RAISED_BITS[self._width] if rule is SMOOTH or narrow else self._width
+
+    def _bits(self, run: Tensor, least: int) -> int:
+        """The width for a run of elements: at least ``least``, more where more is cheap.
+
+        A tensor that is small beside the step's largest gets a bit more each time its size halves, as long as all
+        such extras together stay below a hundredth of the raw bytes. The score head is small and on every path of the
+        gradient: this is what keeps its error from all the rest.
+        """
+        if least == 32:
+            return 32
+        wish = self._width + math.log2(max(self._largest / run.nbytes, 1.0))
+        better = min((width for width in BITS if width >= least), key=lambda width: abs(width - wish))
+        return better if self._extra_for(run, better, least) <= self._raw_bytes // 100 else least
+
+    def _extra_for(self, run: Tensor, bits: int, least: int) -> int:
+        """What all extras would come to, were this run kept in ``bits`` bits where ``least`` would do."""
+        return self._extra + self._code_size(run.numel(), bits) - self._code_size(run.numel(), least)
+
+    def _group(self, bits: int) -> int:
+        """Elements that share a scale: smaller groups where there are few levels."""
+        return self._group_size or (32 if bits <= 2 else 64)
+
+    def _code_size(self, numel: int, bits: int) -> int:
+        return quantized_size(numel, bits, self._group(bits))
 
     # -- the forms ----------------------------------------------------------------------------------------------
 
-    def _value(self, tensor: Tensor, bits: int, entry: Entry) -> Kept:
-        """The values, in ``bits`` bits or exactly, shared with every other save of the same elements."""
+    def _value(self, tensor: Tensor, least: int, entry: Entry) -> Kept:
+        """The values, in at least ``least`` bits, shared with every other save of the same elements."""
         layout = Layout.of(tensor)
         record = self._record(tensor, layout)
+        run = layout.run(tensor)
+        bits = self._bits(run, least)
         if record.bits < bits:
             if record.entry is not None:  # the coarser code is replaced, for every save that has it
                 record.entry.stored_bytes = 0
             record.value, record.reference = None, None
-            code = self._encode(layout.run(tensor), bits)
+            code = self._encode(run, bits)
             whole = tensor.untyped_storage().nbytes()
             if code is None and 2 * layout.numel * tensor.itemsize <= whole:
-                code = RawCode(layout.run(tensor).reshape(-1).clone())  # not for a slice's sake the whole storage
+                code = RawCode(run.reshape(-1).clone())  # not for a slice's sake the whole storage
             if code is not None:
                 record.value, record.bits = code, bits if not isinstance(code, RawCode) else 32
                 entry.stored_bytes = code.nbytes
+                if record.bits < 32:
+                    self._extra = self._extra_for(run, bits, least)
             else:
-                record.reference, record.bits = Reference.to(layout.run(tensor).detach(), entry.op), 32
+                record.reference, record.bits = Reference.to(run.detach(), entry.op), 32
                 entry.stored_bytes = self._reference_bytes(tensor)
             record.entry = entry
         entry.codec = "exact" if record.value is None else record.value.name
@@ -218,9 +250,9 @@ class Keeper:
             return encode_bool(run)
         if not run.is_floating_point():
             return encode_integers(run)
-        if bits == 32 or quantized_size(run.numel(), bits, self._group_size) >= run.nbytes:
+        if bits == 32 or self._code_size(run.numel(), bits) >= run.nbytes:
             return None
-        return quantize(run, bits, key=self._next_key(), group_size=self._group_size)
+        return quantize(run, bits, key=self._next_key(), group_size=self._group(bits))
 
     def _levels(
         self, tensor: Tensor, layout: Layout, key: Any, encode: Callable[[Tensor], Code], entry: Entry
@@ -235,7 +267,7 @@ class Keeper:
         entry.codec = record.levels[key].name
         return Levels(record.levels[key], layout)
 
-    def _gathered(self, tensor: Tensor, rule: Rule, bits: int, entry: Entry) -> Kept | None:
+    def _gathered(self, tensor: Tensor, rule: Rule, least: int, entry: Entry) -> Kept | None:
         """A reference to the table and the index, where that is the cheapest form."""
         origin = self._origins.get(storage_id(tensor))
         if (
@@ -244,16 +276,11 @@ class Keeper:
             or origin.table._version != origin.table_version
         ):
             return None
-        cost = self._cost(origin.table, bits) + sum(self._cost(index, 32) for index in origin.index)
-        per_element = {True: 1, False: 2}[isinstance(rule, Side)] if rule is SIGN or isinstance(rule, Side) else bits
-        own = min(
-            quantized_size(tensor.numel(), per_element, self._group_size) if per_element < 32 else tensor.nbytes,
-            tensor.nbytes,
-        )
-        if cost > own:
+        cost = self._cost(origin.table, least) + sum(self._cost(index, 32) for index in origin.index)
+        if cost > self._own_cost(tensor, rule, least):
             return None
-        table = self._part(origin.table, bits, entry)
-        index = tuple(self._part(index, 32, entry) for index in origin.index)
+        table = self._part(origin.table, least, entry, "table")
+        index = tuple(self._part(index, 32, entry, "index") for index in origin.index)
         entry.codec = "gather"
         return Gathered(
             origin.gather,
@@ -263,26 +290,33 @@ class Keeper:
             tensor.storage_offset(),
         )
 
-    def _cost(self, tensor: Tensor, bits: int) -> int:
+    def _own_cost(self, tensor: Tensor, rule: Rule, least: int) -> int:
+        """The bytes of a tensor's own code."""
+        if isinstance(rule, Side):
+            return tensor.numel() // 8
+        if rule is SIGN:
+            return tensor.numel() // 4
+        return min(self._code_size(tensor.numel(), least), tensor.nbytes) if least < 32 else tensor.nbytes
+
+    def _cost(self, tensor: Tensor, least: int) -> int:
         """The bytes it would take to keep a table or an index as well."""
         if self.provenance.is_users(tensor, (tensor,)):
             return 0
         layout = Layout.of(tensor)
         record = self._records.get(self._record_key(tensor, layout))
-        if record is not None and record.bits >= bits:
+        if record is not None and record.bits >= least:
             return 0
-        if tensor.dtype in FLOAT_DTYPES and bits < 32:
-            return quantized_size(layout.numel, bits, self._group_size)
+        if tensor.dtype in FLOAT_DTYPES and least < 32:
+            return self._code_size(layout.numel, least)
         return layout.numel * tensor.itemsize
 
-    def _part(self, tensor: Tensor, bits: int, entry: Entry) -> Kept:
-        """Keep the table or the index of a gather: referred to if it is the user's, otherwise in an entry of its own."""
+    def _part(self, tensor: Tensor, least: int, entry: Entry, name: str) -> Kept:
+        """Keep the table or the index of a gather: by reference if it is the user's, else in an entry of its own."""
         if self.provenance.is_users(tensor, (tensor,)):
             return Reference.to(tensor, entry.op)
-        part = self._enter(entry.module, f"{entry.op} {'table' if tensor.is_floating_point() else 'index'}", "", tensor)
-        if (again := self._gathered(tensor, LINEAR, bits, part)) is not None:
-            return again
-        return self._value(tensor, bits, part)
+        part = self._enter(entry.module, f"{entry.op} {name}", "", tensor)
+        again = self._gathered(tensor, LINEAR, least, part)
+        return again if again is not None else self._value(tensor, least, part)
 
     def _as_in_the_paper(self, tensor: Tensor, entry: Entry) -> Kept:
         """TinyKG to the letter: every float, each save for itself, row by row, float32 scale and zero point."""
@@ -309,6 +343,8 @@ class Keeper:
         if storage._cdata not in self._storages:
             self._storages[storage._cdata] = (StorageWeakRef(storage), entry)
             entry.raw_bytes = storage.nbytes()
+            self._raw_bytes += entry.raw_bytes
+            self._largest = max(self._largest, entry.raw_bytes)
 
     def _reference_bytes(self, tensor: Tensor) -> int:
         """The bytes a further reference keeps alive: the whole storage, unless another reference does already."""
