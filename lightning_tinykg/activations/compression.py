@@ -93,6 +93,7 @@ class compress_activations:  # noqa: N801 (reads as the verb it is, like torch.n
         self.modules = modules
         self.root = root
         self.step = 0
+        self.rank = 0
         self._exits: list[ExitStack] = []
 
     def __enter__(self) -> Ledger:
@@ -103,7 +104,7 @@ class compress_activations:  # noqa: N801 (reads as the verb it is, like torch.n
             group_size=self.group_size,
             min_bytes=self.min_bytes,
             by_rules=self.recipe == "rules",
-            key=make_key(self.seed, self.step),
+            key=make_key(self.seed, self.rank, self.step),
             ledger=ledger,
         )
         tracker = _ModuleTracker(keeper, self.modules, self.root)
@@ -237,13 +238,14 @@ class _ModuleTracker:
         self._include = [m for m in modules or () if not (isinstance(m, str) and m.startswith("!"))]
         self._exclude = [m[1:] for m in modules or () if isinstance(m, str) and m.startswith("!")]
         self._names: dict[int, str] = _names(root) if root is not None else {}
+        self._outside = type(root).__name__ if root is not None else ""
         self._stack: list[tuple[str, bool | None]] = []
         self._hooks: list[Any] = []
 
     @property
     def path(self) -> str:
-        """Path of the innermost module that runs; empty outside of any."""
-        return self._stack[-1][0] if self._stack else ""
+        """Path of the innermost module that runs; outside of any, the root's class, if the root is known."""
+        return self._stack[-1][0] if self._stack else self._outside
 
     @property
     def covers(self) -> bool:

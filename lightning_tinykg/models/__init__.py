@@ -1,0 +1,8 @@
+"""Recommenders as LightningModules on PyG layers, with one shared base for loss, ranking and metrics."""
+
+from lightning_tinykg.models.base import RankingModule
+from lightning_tinykg.models.kgat import KGAT
+from lightning_tinykg.models.lightgcn import LightGCN
+from lightning_tinykg.models.popular import MostPopular
+
+__all__ = ["KGAT", "LightGCN", "MostPopular", "RankingModule"]

@@ -1,0 +1,231 @@
+"""Training steps on a random graph, each in the plain ops that people write them in: what the benchmarks run.
+
+None of them is the package's own code: a ratio that holds here holds for a model that nobody adapted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_geometric.nn import GATConv, RGCNConv
+from torch_geometric.utils import softmax
+
+
+
+@dataclass
+class Step:
+    """A model and a loss that is made of it.
+
+    Attributes:
+        model: the module; its parameters get the gradient.
+        loss: one forward pass, from the module to the loss.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+
+    def gradient(self, context: Callable[[], object] | None = None) -> Tensor:
+        """The gradient of all parameters, one after the other, of one step with the same dropout masks each time."""
+        self.model.zero_grad(set_to_none=True)
+        torch.manual_seed(1)
+        if context is None:
+            loss = self.loss()
+        else:
+            with context():  # type: ignore[attr-defined]
+                loss = self.loss()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A random graph: uniform ends, as many relations as you like, and BPR triples (user, positive, negative)."""
+
+    num_nodes: int
+    edge_index: Tensor
+    edge_type: Tensor
+    num_relations: int
+    triples: Tensor
+
+    @classmethod
+    def random(cls, nodes: int, edges: int, relations: int = 20, triples: int = 2048, seed: int = 0) -> Graph:
+        """Draw one."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(high: int, *size: int) -> Tensor:
+            return torch.randint(high, size, generator=generator)
+
+        return cls(nodes, draw(nodes, 2, edges), draw(relations, edges), relations, draw(nodes, 3, triples))
+
+    def to(self, device: torch.device) -> Graph:
+        """The same on a device."""
+        moved = (self.edge_index.to(device), self.edge_type.to(device))
+        return Graph(self.num_nodes, *moved, self.num_relations, self.triples.to(device))
+
+
+def bpr(embedding: Tensor, triples: Tensor) -> Tensor:
+    """The BPR loss of dot products."""
+    user, positive, negative = (embedding[i] for i in triples)
+    return -F.logsigmoid((user * positive).sum(-1) - (user * negative).sum(-1)).mean()
+
+
+class KGAT(nn.Module):
+    """KGAT with attention in the graph: edge by edge, from each layer's input, with gradient."""
+
+    def __init__(self, graph: Graph, dim: int, layers: int) -> None:
+        super().__init__()
+        self.graph = graph
+        self.nodes = nn.Parameter(torch.empty(graph.num_nodes, dim))
+        self.relations = nn.Parameter(torch.empty(graph.num_relations, dim))
+        self.sums = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
+        self.products = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
+        nn.init.xavier_uniform_(self.nodes)
+        nn.init.xavier_uniform_(self.relations)
+
+    def attention(self, x: Tensor) -> Tensor:
+        source, target = self.graph.edge_index
+        score = (x[source] * torch.tanh(x[target] + self.relations[self.graph.edge_type])).sum(-1)
+        weight: Tensor = softmax(score, target, num_nodes=x.shape[0])
+        return weight
+
+    def forward(self) -> Tensor:
+        source, target = self.graph.edge_index
+        x = self.nodes
+        outputs = [x]
+        for linear_sum, linear_product in zip(self.sums, self.products, strict=True):
+            message = self.attention(x)[:, None] * x[source]
+            around = torch.zeros_like(x).index_add(0, target, message)
+            x = F.leaky_relu(linear_sum(x + around)) + F.leaky_relu(linear_product(x * around))
+            x = F.dropout(x, 0.1, self.training)
+            outputs.append(F.normalize(x))
+        return torch.cat(outputs, dim=1)
+
+
+class KGATOnce(KGAT):
+    """The same with one attention, of the node embeddings, for all layers."""
+
+    def forward(self) -> Tensor:
+        weight = self.attention(self.nodes)
+        self.attention = lambda x: weight  # type: ignore[method-assign]
+        try:
+            return super().forward()
+        finally:
+            del self.attention
+
+
+class GAT(nn.Module):
+    """Layers of PyG's GATConv with four heads, LayerNorm, ELU and dropout."""
+
+    def __init__(self, graph: Graph, dim: int, layers: int) -> None:
+        super().__init__()
+        self.graph = graph
+        self.nodes = nn.Parameter(torch.randn(graph.num_nodes, dim))
+        self.convs = nn.ModuleList(GATConv(dim, dim // 4, heads=4, dropout=0.1) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(layers))
+
+    def forward(self) -> Tensor:
+        x: Tensor = self.nodes
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.dropout(F.elu(norm(conv(x, self.graph.edge_index))), 0.1, self.training)
+        return x
+
+
+class RGCN(nn.Module):
+    """Layers of PyG's RGCNConv, four bases."""
+
+    def __init__(self, graph: Graph, dim: int, layers: int) -> None:
+        super().__init__()
+        self.graph = graph
+        self.nodes = nn.Parameter(torch.randn(graph.num_nodes, dim) * 0.1)
+        self.convs = nn.ModuleList(RGCNConv(dim, dim, graph.num_relations, num_bases=4) for _ in range(layers))
+
+    def forward(self) -> Tensor:
+        x: Tensor = self.nodes
+        for conv in self.convs:
+            x = conv(x, self.graph.edge_index, self.graph.edge_type).relu()
+        return x
+
+
+class KGCN(nn.Module):
+    """KGCN: a receptive field of sampled neighbours, two hops of eight, from embedding tables."""
+
+    def __init__(self, graph: Graph, dim: int, hops: int = 2, neighbours: int = 8) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        size = (graph.num_nodes, neighbours)
+        self.register_buffer("neighbour", torch.randint(graph.num_nodes, size, generator=generator))
+        self.register_buffer("relation_of", torch.randint(graph.num_relations, size, generator=generator))
+        self.users = nn.Embedding(graph.num_nodes, dim)
+        self.entities = nn.Embedding(graph.num_nodes, dim)
+        self.relations = nn.Embedding(graph.num_relations, dim)
+        self.linears = nn.ModuleList(nn.Linear(dim, dim) for _ in range(hops))
+        for table in (self.users, self.entities, self.relations):
+            nn.init.xavier_uniform_(table.weight)
+        self.hops, self.neighbours, self.dim = hops, neighbours, dim
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        batch = user.shape[0]
+        entities, relations = [item[:, None]], []
+        for _ in range(self.hops):
+            last = entities[-1]
+            entities.append(self.neighbour[last].view(batch, -1))
+            relations.append(self.relation_of[last].view(batch, -1))
+        taste = self.users(user)
+        vectors = [self.entities(e) for e in entities]
+        relation_vectors = [self.relations(r) for r in relations]
+        for i, linear in enumerate(self.linears):
+            last_layer = i == self.hops - 1
+            narrowed = []
+            for hop in range(self.hops - i):
+                around = vectors[hop + 1].view(batch, -1, self.neighbours, self.dim)
+                kinds = relation_vectors[hop].view(batch, -1, self.neighbours, self.dim)
+                score = F.softmax((taste[:, None, None] * kinds).mean(-1), dim=-1)
+                summed = (score[..., None] * around).mean(2)
+                out = linear(vectors[hop] + summed)
+                narrowed.append(torch.tanh(out) if last_layer else torch.relu(out))
+            vectors = narrowed
+        return (taste * vectors[0].view(batch, self.dim)).sum(-1)
+
+
+def kgat(graph: Graph, dim: int, layers: int) -> Step:
+    model = KGAT(graph, dim, layers)
+    return Step(model, lambda: bpr(model(), graph.triples))
+
+
+def kgat_once(graph: Graph, dim: int, layers: int) -> Step:
+    model = KGATOnce(graph, dim, layers)
+    return Step(model, lambda: bpr(model(), graph.triples))
+
+
+def gat(graph: Graph, dim: int, layers: int) -> Step:
+    model = GAT(graph, dim, layers)
+    return Step(model, lambda: bpr(model(), graph.triples))
+
+
+def rgcn(graph: Graph, dim: int, layers: int) -> Step:
+    model = RGCN(graph, dim, layers)
+    return Step(model, lambda: bpr(model(), graph.triples))
+
+
+def kgcn(graph: Graph, dim: int, layers: int) -> Step:
+    model = KGCN(graph, dim)
+
+    def loss() -> Tensor:
+        user, positive, negative = graph.triples
+        return -F.logsigmoid(model(user, positive) - model(user, negative)).mean()
+
+    return Step(model, loss)
+
+
+STEPS: dict[str, Callable[[Graph, int, int], Step]] = {
+    "kgat": kgat,
+    "kgat-once": kgat_once,
+    "gat": gat,
+    "kgcn": kgcn,
+    "rgcn": rgcn,
+}
+"""By name: a function of the graph, the width and the number of layers."""

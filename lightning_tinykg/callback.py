@@ -1,0 +1,177 @@
+"""``TinyKGCallback``: one line in a Trainer, and training keeps its activations in a few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_tinykg.activations import Ledger, compress_activations
+from lightning_tinykg.activations.ledger import MIB
+
+
+class TinyKGCallback(Callback):
+    """Keep what autograd saves during training in 8, 4, 2 or 1 bits.
+
+    It wraps the strategy's ``training_step`` in :class:`~lightning_tinykg.compress_activations`, so it covers the
+    forward, the loss and, under manual optimization, everything in between, on every rank, and works with any
+    module, loss, precision and number of optimizers. Validation, testing and prediction are not touched. The module
+    is not modified: it can be copied, pickled and saved at any time. The wrapper is taken off at the end of the fit
+    and when it fails.
+
+    **Logged metrics**, each training step, to any logger and to ``trainer.callback_metrics``:
+
+    - ``tinykg/bits``: the width in force.
+    - ``tinykg/raw_mib``: what the uncompressed graph would keep alive between forward and backward, MiB.
+    - ``tinykg/stored_mib``: what is kept instead, all metadata included, MiB.
+    - ``tinykg/ratio``: the first over the second.
+    - ``tinykg/peak_mib``: on CUDA, the allocator's peak since the fit began, MiB.
+
+    At the end of the fit it prints where the bytes were, by module and op, and sends that table and a plot of it to
+    Weights & Biases if there is a ``WandbLogger``.
+
+    Args:
+        bits: width of what is rounded: 1, 2, 4 or 8; 32 uses lossless forms only, and gradients are those of an
+            uncompressed run to the last bit. The default, 8, is safe for any model; the paper's headline is 2.
+        group_size: consecutive elements that share a scale and a zero point. None: 64, or 32 at 1 and 2 bits.
+        seed: seed of the rounding's private noise. Steps and ranks draw different noise from it.
+        min_bytes: tensors smaller than this are kept as they are.
+        recipe: ``"rules"``, or ``"paper"`` for TinyKG to the letter.
+        modules: where to compress, by module path (wildcards allowed), class name or class; ``!`` excludes. None:
+            everywhere.
+        summary: whether to print the table at the end of the fit.
+
+    Raises:
+        ValueError: if an argument has a value it can't have.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_tinykg import TinyKGCallback
+        >>> trainer = L.Trainer(callbacks=[TinyKGCallback(bits=2, summary=False)], max_steps=1, logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel())
+        >>> int(trainer.callback_metrics["tinykg/bits"])
+        2
+    """
+
+    def __init__(
+        self,
+        bits: int = 8,
+        *,
+        group_size: int | None = None,
+        seed: int = 0,
+        min_bytes: int = 1024,
+        recipe: str = "rules",
+        modules: Sequence[str | type[torch.nn.Module]] | None = None,
+        summary: bool = True,
+    ) -> None:
+        self.summary = summary
+        self.ledger: Ledger | None = None
+        """What the last training step kept."""
+        self.largest: Ledger | None = None
+        """What the step kept that would have kept most: the one that decides whether a model fits."""
+        self._compression = compress_activations(
+            bits, group_size=group_size, seed=seed, min_bytes=min_bytes, recipe=recipe, modules=modules
+        )
+
+    @property
+    def bits(self) -> int:
+        """The width in force."""
+        return self._compression.bits
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wrap the strategy's training step.
+
+        Raises:
+            RuntimeError: if another ``TinyKGCallback`` has wrapped it already.
+        """
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        wrapped = strategy.__dict__.get("training_step")
+        if isinstance(getattr(wrapped, "args", (None,))[0], TinyKGCallback):
+            raise RuntimeError("a Trainer takes one TinyKGCallback, got two: put their settings into one")
+        self._compression.root = pl_module
+        self._compression.rank = trainer.global_rank
+        strategy.training_step = partial(_compressed_step, self, strategy.training_step)  # type: ignore[method-assign]
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the wrapper off."""
+        if stage == "fit":
+            self._unwrap(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the wrapper off: after an exception there is no teardown."""
+        self._unwrap(trainer)
+
+    def _unwrap(self, trainer: Trainer) -> None:
+        wrapped = trainer.strategy.__dict__.get("training_step")
+        if isinstance(wrapped, partial) and wrapped.args[0] is self:
+            del trainer.strategy.__dict__["training_step"]
+        self._compression.root = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what the step kept."""
+        if self.ledger is None:
+            return
+        if self.largest is None or self.ledger.raw_bytes > self.largest.raw_bytes:
+            self.largest = self.ledger
+        metrics = {
+            "tinykg/bits": float(self.bits),
+            "tinykg/raw_mib": self.ledger.raw_bytes / MIB,
+            "tinykg/stored_mib": self.ledger.stored_bytes / MIB,
+            "tinykg/ratio": self.ledger.ratio,
+        }
+        if pl_module.device.type == "cuda":
+            metrics["tinykg/peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / MIB
+        pl_module.log_dict(metrics, on_step=True, on_epoch=False, rank_zero_only=True, batch_size=1)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the ledger of the largest step, and send it to Weights & Biases."""
+        if self.largest is None or not trainer.is_global_zero:
+            return
+        if self.summary:
+            rank_zero_info(f"\n{self.largest}")
+        for logger in trainer.loggers:
+            _send_to_wandb(logger, self.largest)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The step counter, from which the noise is made: a resumed run draws on where it stopped."""
+        return {"step": self._compression.step}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self._compression.step = state_dict["step"]
+
+
+def _compressed_step(callback: TinyKGCallback, training_step: Any, *args: Any, **kwargs: Any) -> Any:
+    """The strategy's training step, in the context. A plain ``with``: whatever happens in it, it is left."""
+    with callback._compression as callback.ledger:
+        return training_step(*args, **kwargs)
+
+
+def _send_to_wandb(logger: Logger, ledger: Ledger) -> None:
+    """Send the ledger as a table and as a plot, if the logger is a WandbLogger."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    if not isinstance(logger, WandbLogger):
+        return
+    rows = ledger.summary()
+    logger.log_table("tinykg/ledger", columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    logger.log_image("tinykg/ledger_plot", [ledger.plot()])

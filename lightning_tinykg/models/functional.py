@@ -1,0 +1,64 @@
+"""Losses and the ranking itself, as functions of embeddings."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["bpr_loss", "half_squared_norm", "top_k"]
+
+
+def bpr_loss(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    """Bayesian personalised ranking: the mean of `softplus(-(u.p - u.n))` over the batch.
+
+    Rendle et al., UAI 2009, section 4.1 (arXiv 1205.2618), with dot-product scores.
+
+    Args:
+        users: Embeddings of the users, float `[B, D]`.
+        positives: Embeddings of an item each user has interacted with, `[B, D]`.
+        negatives: Embeddings of an item each user has not interacted with, `[B, D]`.
+
+    Returns:
+        The loss, a scalar; `log(2)` where positives and negatives score the same.
+
+    Example:
+        >>> one = torch.ones(4, 2)
+        >>> f"{bpr_loss(one, one, one).item():.4f}"
+        '0.6931'
+    """
+    return F.softplus(((negatives - positives) * users).sum(dim=-1)).mean()
+
+
+def half_squared_norm(*rows: Tensor) -> Tensor:
+    """`sum |x|^2 / (2 B)` over some `[B, *]` tensors: the L2 penalty of one batch, per row.
+
+    Example:
+        >>> half_squared_norm(torch.ones(4, 2), 2 * torch.ones(4, 2))
+        tensor(5.)
+    """
+    return torch.stack([x.square().sum() for x in rows]).sum() / (2 * rows[0].size(0))
+
+
+def top_k(users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The `k` items with the greatest dot product for every user, the excluded ones left out.
+
+    Args:
+        users: Float `[U, D]`.
+        items: Float `[I, D]`.
+        k: How many; at most `I` come back.
+        exclude: int64 `[2, X]`, pairs (row of `users`, item) that must not be recommended.
+
+    Returns:
+        `(items, scores)`, both `[U, min(k, I)]`, best first. Where fewer than `k` items are left, the item is `-1` and
+        the score `-inf`.
+
+    Example:
+        >>> items, seen = torch.tensor([[3.0], [1.0], [2.0]]), torch.tensor([[0], [0]])
+        >>> items, _ = top_k(torch.ones(1, 1), items, k=2, exclude=seen)
+        >>> items
+        tensor([[2, 1]])
+    """
+    scores = users @ items.t()
+    if exclude is not None:
+        scores[exclude[0], exclude[1]] = float("-inf")
+    best, index = scores.topk(min(k, items.size(0)), dim=-1)
+    return index.masked_fill(best == float("-inf"), -1), best
