@@ -153,14 +153,14 @@ class _Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._pending:  # saved by something that is no op: a custom function, a compiled graph
             self._claim(tensors_in((args, kwargs)), None, "")
+        self._keeper.before(func, args, kwargs)
         out = func(*args, **kwargs)
         if not isinstance(out, (Tensor, tuple, list)):
             return out
         inputs = list(tensors_in((args, kwargs)))
-        outputs = list(tensors_in(out))
-        self._keeper.observe(func, args, kwargs, outputs, inputs)
+        self._keeper.observe(func, args, kwargs, out, inputs)
         if self._pending:
-            self._claim(outputs, inputs, getattr(func, "__name__", ""))
+            self._claim(tensors_in(out), inputs, getattr(func, "__name__", ""))
         return out
 
     def _claim(self, roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> None:

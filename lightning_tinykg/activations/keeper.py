@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional
 
-from lightning_tinykg.activations.keeping import Coded, Gathered, Kept, Levels, Record, Reference, Saved
+from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Reference, Remade, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
+from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
 from lightning_tinykg.activations.rules import EXACT, LINEAR, MASK, SHAPE, SIGN, SMOOTH, Need, Rule, Side, rule_for
-from lightning_tinykg.activations.storages import Layout, Provenance, is_plain, node_name, storage_id
+from lightning_tinykg.activations.storages import Layout, Provenance, is_plain, node_name, storage_id, tensors_in
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize, quantized_size
 from lightning_tinykg.codecs.lossless import (
     Code,
@@ -36,18 +36,8 @@ _RAISED_BITS = {1: 4, 2: 4, 4: 8, 8: 8}
 _NARROW = 16
 """A tensor whose last dimension is narrower than this holds coefficients, not features."""
 
-
-@dataclass(slots=True)
-class Origin:
-    """How a tensor was gathered. Held until the rows die: the table lives at least as long as they do anyway."""
-
-    rows: StorageWeakRef
-    rows_version: int
-    gather: Callable[..., Tensor]
-    table: Tensor
-    table_version: int
-    index: tuple[Any, ...]
-    build: Callable[[Kept, tuple[Any, ...]], tuple[Any, ...]]
+_MAX_DEPTH = 4
+"""Ops in a row that are run again at the most."""
 
 
 class Keeper:
@@ -78,32 +68,36 @@ class Keeper:
         self._extra = 0
         self._records: dict[tuple[Any, ...], Record] = {}
         self._storages: dict[int, tuple[StorageWeakRef, Entry]] = {}
-        self._origins: dict[int, Origin] = {}
+        self._recipes = RecipeBook(min_bytes)
+        self._ingredients: set[int] = set()
 
     # -- what the forward does ----------------------------------------------------------------------------------
 
-    def observe(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], inputs: list[Tensor]
-    ) -> None:
-        """An op has run: note whose memory its outputs are, and whether they are rows of a table."""
-        self.provenance.made(outputs, inputs)
-        if self._origins:
-            self._origins = {key: origin for key, origin in self._origins.items() if not origin.rows.expired()}
-        if self._by_rules and func in _GATHERS and len(outputs) == 1 and outputs[0].requires_grad:
-            described = _GATHERS[func](args, kwargs)
-            if described is not None:
-                self._note_origin(described, outputs[0])
+    def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An op is about to run: if it writes in place what something is to be made from again, copy that first."""
+        if not self._ingredients or not _writes_in_place(func, kwargs):
+            return
+        for tensor in tensors_in((args, kwargs)):
+            if is_plain(tensor) and storage_id(tensor) in self._ingredients:
+                self._copy_ingredients(storage_id(tensor))
 
-    def _note_origin(self, described: _Described, rows: Tensor) -> None:
-        gather, table, index, build = described
-        if is_plain(table) and is_plain(rows) and storage_id(table) != storage_id(rows):
-            self._origins[storage_id(rows)] = Origin(
-                StorageWeakRef(rows.untyped_storage()), rows._version, gather, table, table._version, index, build
-            )
+    def _copy_ingredients(self, storage: int) -> None:
+        for key, record in self._records.items():
+            if key[0] == storage and record.ingredient and record.reference is not None:
+                record.value, record.reference = RawCode(record.reference.restore().reshape(-1).clone()), None
+        self._ingredients.discard(storage)
+
+    def observe(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inputs: list[Tensor]
+    ) -> None:
+        """An op has run: note whose memory its results are, and how they can be made again."""
+        self.provenance.made(tensors_in(out), inputs)
+        if self._by_rules:
+            self._recipes.note(func, args, kwargs, out)
 
     def finish(self) -> None:
         """The forward is over: leave out of the raw count what the user still holds, and let go of everything."""
-        self._origins.clear()
+        self._recipes.clear()
         references = {key[0] for key, record in self._records.items() if record.reference is not None}
         for storage, (weak, entry) in self._storages.items():
             if storage not in references and not weak.expired():
@@ -164,8 +158,8 @@ class Keeper:
                     return self._levels(tensor, layout, "mask", lambda run: mask, entry)
         floating = tensor.dtype in FLOAT_DTYPES
         least = self._least(tensor, rule)
-        if (gathered := self._gathered(tensor, rule, least, entry)) is not None:
-            return gathered
+        if (remade := self._remade(tensor, rule, least, entry)) is not None:
+            return remade
         layout = Layout.of(tensor)
         if layout.numel * tensor.itemsize < self._min_bytes:
             return self._exact(tensor, entry)
@@ -215,7 +209,7 @@ class Keeper:
 
     # -- the forms ----------------------------------------------------------------------------------------------
 
-    def _value(self, tensor: Tensor, least: int, entry: Entry) -> Kept:
+    def _value(self, tensor: Tensor, least: int, entry: Entry) -> Coded:
         """The values, in at least ``least`` bits, shared with every other save of the same elements."""
         layout = Layout.of(tensor)
         record = self._record(tensor, layout)
@@ -267,28 +261,74 @@ class Keeper:
         entry.codec = record.levels[key].name
         return Levels(record.levels[key], layout)
 
-    def _gathered(self, tensor: Tensor, rule: Rule, least: int, entry: Entry) -> Kept | None:
-        """A reference to the table and the index, where that is the cheapest form."""
-        origin = self._origins.get(storage_id(tensor))
-        if (
-            origin is None
-            or tensor._version != origin.rows_version
-            or origin.table._version != origin.table_version
-        ):
+    def _remade(self, tensor: Tensor, rule: Rule, least: int, entry: Entry) -> Kept | None:
+        """How to make the tensor again, where that is the cheapest form."""
+        recipe = self._recipes.find(tensor)
+        if recipe is None or self._recipe_cost(recipe, least) >= self._own_cost(tensor, rule, least):
             return None
-        cost = self._cost(origin.table, least) + sum(self._cost(index, 32) for index in origin.index)
-        if cost > self._own_cost(tensor, rule, least):
-            return None
-        table = self._part(origin.table, least, entry, "table")
-        index = tuple(self._part(index, 32, entry, "index") for index in origin.index)
-        entry.codec = "gather"
-        return Gathered(
-            origin.gather,
-            origin.build(table, index),
-            tuple(tensor.shape),
-            tuple(tensor.stride()),
-            tensor.storage_offset(),
-        )
+        entry.codec = "recipe" if recipe.computes else "gather"
+        geometry = (tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        return self._follow(recipe, least, geometry, entry)
+
+    def _follow(self, recipe: Recipe, least: int, geometry: tuple[Any, Any, int], entry: Entry) -> Kept:
+        """Keep all that a recipe starts from."""
+        if recipe.pointwise:
+            least = 32
+
+        def kept(argument: Any) -> Any:
+            if isinstance(argument, tuple):
+                return tuple(kept(item) for item in argument)
+            return self._ingredient(argument, least, entry) if isinstance(argument, Ingredient) else argument
+
+        return Remade(recipe.op, kept(recipe.args), recipe.kwargs, *geometry)
+
+    def _ingredient(self, ingredient: Ingredient, least: int, entry: Entry) -> Kept:
+        """Keep one ingredient: by reference if it is a weight, else in an entry of its own, or by its own recipe."""
+        tensor = ingredient.tensor()
+        if tensor is not None and self._is_free(ingredient, tensor):
+            return Reference.to(tensor, entry.op)
+        least = least if ingredient.floating else 32
+        own = self._cost(ingredient, tensor, least)
+        if ingredient.recipe is not None and self._recipe_cost(ingredient.recipe, least) < own:
+            geometry = (ingredient.shape, ingredient.stride, ingredient.offset)
+            return self._follow(ingredient.recipe, least, geometry, entry)
+        record = self._kept_record(ingredient, least)
+        if tensor is not None and (record is None or record.bits < self._bits(Layout.of(tensor).run(tensor), least)):
+            part = self._enter(entry.module, f"{entry.op} {'from' if ingredient.floating else 'index'}", "", tensor)
+            record = self._value(tensor, least, part).record
+        assert record is not None  # its recipe would have been cheaper
+        record.ingredient = True
+        if record.reference is not None:
+            self._ingredients.add(ingredient.storage.cdata)
+        return Coded(record, Layout.at(ingredient.shape, ingredient.stride, ingredient.offset))
+
+    def _recipe_cost(self, recipe: Recipe, least: int, depth: int = 0) -> float:
+        """The bytes it would take to keep what a recipe starts from as well; infinity where that is gone."""
+        if depth > _MAX_DEPTH:
+            return math.inf
+        least = 32 if recipe.pointwise else least
+        return sum(self._ingredient_cost(ingredient, least, depth) for ingredient in recipe.ingredients())
+
+    def _ingredient_cost(self, ingredient: Ingredient, least: int, depth: int) -> float:
+        tensor = ingredient.tensor()
+        if tensor is not None and self._is_free(ingredient, tensor):
+            return 0
+        least = least if ingredient.floating else 32
+        own = self._cost(ingredient, tensor, least)
+        if not own or ingredient.recipe is None:
+            return own
+        return min(own, self._recipe_cost(ingredient.recipe, least, depth + 1))
+
+    def _is_free(self, ingredient: Ingredient, tensor: Tensor) -> bool:
+        """Whether an ingredient is the user's, and can be referred to: a weight, or an index."""
+        return ingredient.weight or (not ingredient.floating and self.provenance.is_users(tensor, (tensor,)))
+
+    def _kept_record(self, ingredient: Ingredient, least: int) -> Record | None:
+        """The record of an ingredient, if it is kept well enough already."""
+        layout = Layout.at(ingredient.shape, ingredient.stride, ingredient.offset)
+        key = _record_key(ingredient.storage.cdata, layout, ingredient.dtype, ingredient.version)
+        record = self._records.get(key)
+        return record if record is not None and record.bits >= least else None
 
     def _own_cost(self, tensor: Tensor, rule: Rule, least: int) -> int:
         """The bytes of a tensor's own code."""
@@ -298,25 +338,16 @@ class Keeper:
             return tensor.numel() // 4
         return min(self._code_size(tensor.numel(), least), tensor.nbytes) if least < 32 else tensor.nbytes
 
-    def _cost(self, tensor: Tensor, least: int) -> int:
-        """The bytes it would take to keep a table or an index as well."""
-        if self.provenance.is_users(tensor, (tensor,)):
+    def _cost(self, ingredient: Ingredient, tensor: Tensor | None, least: int) -> float:
+        """The bytes it would take to keep an ingredient as well; infinity where it is gone."""
+        if self._kept_record(ingredient, least) is not None:
             return 0
-        layout = Layout.of(tensor)
-        record = self._records.get(self._record_key(tensor, layout))
-        if record is not None and record.bits >= least:
-            return 0
-        if tensor.dtype in FLOAT_DTYPES and least < 32:
-            return self._code_size(layout.numel, least)
-        return layout.numel * tensor.itemsize
-
-    def _part(self, tensor: Tensor, least: int, entry: Entry, name: str) -> Kept:
-        """Keep the table or the index of a gather: by reference if it is the user's, else in an entry of its own."""
-        if self.provenance.is_users(tensor, (tensor,)):
-            return Reference.to(tensor, entry.op)
-        part = self._enter(entry.module, f"{entry.op} {name}", "", tensor)
-        again = self._gathered(tensor, LINEAR, least, part)
-        return again if again is not None else self._value(tensor, least, part)
+        if tensor is None:
+            return math.inf
+        numel = Layout.of(tensor).numel
+        if ingredient.floating and least < 32:
+            return self._code_size(numel, least)
+        return numel * tensor.itemsize
 
     def _as_in_the_paper(self, tensor: Tensor, entry: Entry) -> Kept:
         """TinyKG to the letter: every float, each save for itself, row by row, float32 scale and zero point."""
@@ -355,65 +386,31 @@ class Keeper:
         return 0 if held else tensor.untyped_storage().nbytes()
 
     def _record(self, tensor: Tensor, layout: Layout) -> Record:
-        key = self._record_key(tensor, layout)
+        key = _record_key(storage_id(tensor), layout, tensor.dtype, tensor._version)
         if key not in self._records:
             self._records[key] = Record(StorageWeakRef(tensor.untyped_storage()))
         return self._records[key]
-
-    @staticmethod
-    def _record_key(tensor: Tensor, layout: Layout) -> tuple[Any, ...]:
-        geometry = () if layout.dense else (layout.shape, layout.stride)
-        return (storage_id(tensor), layout.offset, layout.numel, tensor.dtype, tensor._version, geometry)
 
     def _next_key(self) -> int:
         self._draws += 1
         return make_key(self._key, self._draws)
 
 
+def _record_key(storage: int, layout: Layout, dtype: torch.dtype, version: int) -> tuple[Any, ...]:
+    geometry = () if layout.dense else (layout.shape, layout.stride)
+    return (storage, layout.offset, layout.numel, dtype, version, geometry)
+
+
 def _row_major(tensor: Tensor) -> tuple[int, ...]:
     return tuple(torch.empty(tensor.shape, device="meta").stride())
 
 
-# -- gathers: ops whose result is rows of a table ---------------------------------------------------------------
-
-_Described = tuple[Callable[..., Tensor], Tensor, tuple[Any, ...], Callable[[Kept, tuple[Any, ...]], tuple[Any, ...]]]
-
-
-def _index_select(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Described | None:
-    names = dict(zip(("input", "dim", "index"), args, strict=False)) | kwargs
-    dim = names["dim"]
-    if not isinstance(dim, int):
-        return None
-    return torch.index_select, names["input"], (names["index"],), lambda table, index: (table, dim, index[0])
+def _writes_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an op changes one of its arguments: ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name[3:-2] in _OPERATORS)
+    return name.endswith("_") or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
 
 
-def _getitem(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Described | None:
-    table, item = args
-    items = item if isinstance(item, tuple) else (item,)
-    index = tuple(i for i in items if isinstance(i, Tensor))
-    others = [i for i in items if not isinstance(i, Tensor)]
-    if not index or any(i.dtype not in (torch.int64, torch.int32) for i in index):
-        return None
-    if any(i is not Ellipsis and not isinstance(i, slice) for i in others):
-        return None
-
-    def build(kept: Kept, kept_index: tuple[Any, ...]) -> tuple[Any, ...]:
-        places = iter(kept_index)
-        return kept, tuple(next(places) if isinstance(i, Tensor) else i for i in items)
-
-    return torch.Tensor.__getitem__, table, index, build
-
-
-def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Described | None:
-    names = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False)) | kwargs
-    if names.get("max_norm") is not None:  # it changes the table
-        return None
-    return functional.embedding, names["weight"], (names["input"],), lambda table, index: (index[0], table)
-
-
-_GATHERS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], _Described | None]] = {
-    torch.index_select: _index_select,
-    torch.Tensor.index_select: _index_select,
-    torch.Tensor.__getitem__: _getitem,
-    functional.embedding: _embedding,
-}
+_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")

@@ -77,6 +77,7 @@ class Record:
         reference: the run itself, where it is kept as it is.
         entry: the ledger's entry that paid for ``value`` or ``reference``.
         levels: the codes that restore a side or a sign only, by rule.
+        ingredient: whether something is made again from ``reference``, which plain autograd would not ask for.
     """
 
     storage: StorageWeakRef
@@ -85,6 +86,7 @@ class Record:
     reference: Reference | None = None
     entry: Entry | None = None
     levels: dict[Any, Code] = field(default_factory=dict)
+    ingredient: bool = False
 
     def elements(self) -> Tensor:
         """The elements, restored."""
@@ -122,33 +124,35 @@ class Levels:
 
 
 @dataclass(slots=True)
-class Gathered:
-    """Rows of a table that is kept anyway: gathered again when they are needed.
+class Remade:
+    """A tensor that is made again when it is needed: gathered from a table, or computed from exact ingredients.
 
     Attributes:
-        gather: the op, called as in the forward.
-        arguments: its arguments; a :class:`Kept` stands for each tensor.
-        shape: shape of the saved tensor, which may be a view of the rows.
+        op: the op, called as in the forward.
+        args: its arguments; a :class:`Kept` stands for each tensor.
+        kwargs: its keyword arguments.
+        shape: shape of the saved tensor, which may be a view of what the op makes.
         stride: its strides.
-        offset: its offset in the rows.
+        offset: its offset in what the op makes.
     """
 
-    gather: Callable[..., Tensor]
-    arguments: tuple[Any, ...]
+    op: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
     def restore(self) -> Tensor:
-        """Gather again."""
-        rows = self.gather(*(_restored(argument) for argument in self.arguments))
-        return rows.as_strided(self.shape, self.stride, rows.storage_offset() + self.offset)
+        """Run the op again."""
+        made = self.op(*(_restored(argument) for argument in self.args), **self.kwargs)
+        return made.as_strided(self.shape, self.stride, made.storage_offset() + self.offset)
 
 
 def _restored(argument: Any) -> Any:
     if isinstance(argument, tuple):
         return tuple(_restored(item) for item in argument)
-    if isinstance(argument, (Reference, Coded, Gathered, Levels)):
+    if isinstance(argument, (Reference, Coded, Remade, Levels)):
         return argument.restore()
     return argument
 

@@ -100,6 +100,18 @@ def is_weight(tensor: Tensor) -> bool:
     return False
 
 
+def is_users_weight(tensor: Tensor) -> bool:
+    """Whether a weight lies in the user's memory: not a cast copy, which the graph alone keeps."""
+    if not is_weight(tensor):
+        return False
+    node = tensor.grad_fn
+    while node is not None and node_name(node) != "AccumulateGrad":
+        if node_name(node) in ("ToCopy", "Clone"):
+            return False
+        node = node.next_functions[0][0]
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How a tensor lies on the flat run of elements that is kept for it.
@@ -131,15 +143,17 @@ class Layout:
             >>> layout.numel, layout.dense
             (4, True)
         """
-        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        return cls.at(tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+
+    @classmethod
+    def at(cls, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Layout:
+        """The layout of a plain tensor of this geometry."""
         dimensions = sorted((s, n) for n, s in zip(shape, stride, strict=True) if n != 1 and s != 0)
         run, dense = 1, True
         for step, size in dimensions:
             dense = dense and step == run
             run *= size
-        if tensor.numel() == 0:
-            run = 0
-        return cls(shape, stride, tensor.storage_offset(), run, dense)
+        return cls(shape, stride, offset, 0 if 0 in shape else run, dense)
 
     def run(self, tensor: Tensor) -> Tensor:
         """The elements to keep: flat where they are a run, otherwise the tensor without its expanded dimensions."""
@@ -194,23 +208,13 @@ class Provenance:
         if storage in self._held:
             return True
         if is_weight(tensor):
-            # a cast copy of a weight is no parameter's storage: the graph alone keeps it
-            return not self._is_cast(tensor)
+            return is_users_weight(tensor)
         if tensor.requires_grad:
             return False
         if inputs is None:
             return False
         # saved, not made by an op that was seen, and an input: it was there before
         return any(is_plain(t) and storage_id(t) == storage for t in inputs)
-
-    @staticmethod
-    def _is_cast(tensor: Tensor) -> bool:
-        node = tensor.grad_fn
-        while node is not None and node_name(node) != "AccumulateGrad":
-            if node_name(node) in ("ToCopy", "Clone"):
-                return True
-            node = node.next_functions[0][0]
-        return False
 
     @staticmethod
     def _note(where: dict[int, StorageWeakRef], tensor: Tensor) -> None:
