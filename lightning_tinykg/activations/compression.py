@@ -27,7 +27,7 @@ RECIPES = ("rules", "paper")
 _PATIENCE = 8  # ops after which a save that no op has claimed is taken for unknown
 
 
-class compress_activations:  # noqa: N801 (reads as the verb it is, like torch.no_grad)
+class compress_activations:
     """Keep what autograd saves for backward in 8, 4, 2 or 1 bits, while this context is entered.
 
     TinyKG (arXiv 2212.04540): the forward is exact, the tensors that are saved for the backward are quantized with
@@ -231,9 +231,7 @@ def _raw_attributes(kind: type) -> tuple[tuple[str, str], ...]:
 class _ModuleTracker:
     """Knows the path of the module whose forward runs, and whether it is to be compressed."""
 
-    def __init__(
-        self, keeper: Keeper, modules: Sequence[str | type[nn.Module]] | None, root: nn.Module | None
-    ) -> None:
+    def __init__(self, keeper: Keeper, modules: Sequence[str | type[nn.Module]] | None, root: nn.Module | None) -> None:
         self._keeper = keeper
         self._include = [m for m in modules or () if not (isinstance(m, str) and m.startswith("!"))]
         self._exclude = [m[1:] for m in modules or () if isinstance(m, str) and m.startswith("!")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Reference, Remade, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
-from lightning_tinykg.activations.rules import EXACT, LINEAR, MASK, SHAPE, SIGN, SMOOTH, Need, Rule, Side, rule_for
+from lightning_tinykg.activations.rules import LINEAR, MASK, SHAPE, SIGN, Rule, Side, rule_for
 from lightning_tinykg.activations.storages import Layout, Provenance, is_plain, node_name, storage_id, tensors_in
-from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize, quantized_size
+from lightning_tinykg.activations.widths import Widths
+from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
 from lightning_tinykg.codecs.lossless import (
     Code,
     RawCode,
@@ -28,13 +28,6 @@ from lightning_tinykg.codecs.lossless import (
     encode_two_levels,
 )
 from lightning_tinykg.codecs.noise import make_key
-from lightning_tinykg.codecs.packing import BITS
-
-_RAISED_BITS = {1: 4, 2: 4, 4: 8, 8: 8}
-"""By width: the least width of what enters a backward non-linearly, and of coefficients."""
-
-_NARROW = 16
-"""A tensor whose last dimension is narrower than this holds coefficients, not features."""
 
 _MAX_DEPTH = 4
 """Ops in a row that are run again at the most."""
@@ -56,16 +49,12 @@ class Keeper:
         self, *, bits: int, group_size: int | None, min_bytes: int, by_rules: bool, key: int, ledger: Ledger
     ) -> None:
         self.provenance = Provenance()
-        self._width = bits
-        self._group_size = group_size
+        self._widths = Widths(bits, group_size)
         self._min_bytes = min_bytes
         self._by_rules = by_rules
         self._key = key
         self._ledger = ledger
         self._draws = 0
-        self._largest = 0
-        self._raw_bytes = 0
-        self._extra = 0
         self._records: dict[tuple[Any, ...], Record] = {}
         self._storages: dict[int, tuple[StorageWeakRef, Entry]] = {}
         self._recipes = RecipeBook(min_bytes)
@@ -87,9 +76,7 @@ class Keeper:
                 record.value, record.reference = RawCode(record.reference.restore().reshape(-1).clone()), None
         self._ingredients.discard(storage)
 
-    def observe(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inputs: list[Tensor]
-    ) -> None:
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inputs: list[Tensor]) -> None:
         """An op has run: note whose memory its results are, and how they can be made again."""
         self.provenance.made(tensors_in(out), inputs)
         if self._by_rules:
@@ -157,7 +144,7 @@ class Keeper:
                 if mask is not None:
                     return self._levels(tensor, layout, "mask", lambda run: mask, entry)
         floating = tensor.dtype in FLOAT_DTYPES
-        least = self._least(tensor, rule)
+        least = self._widths.least(tensor, rule)
         if (remade := self._remade(tensor, rule, least, entry)) is not None:
             return remade
         layout = Layout.of(tensor)
@@ -171,42 +158,6 @@ class Keeper:
             return self._levels(tensor, layout, "sign", encode_signs, entry)
         return self._value(tensor, least, entry)
 
-    def _least(self, tensor: Tensor, rule: Rule) -> int:
-        """The least width for a tensor under a rule.
-
-        What enters its backward non-linearly gets at least ``_RAISED_BITS``, and so does what has only a few elements
-        in a row: it holds coefficients (attention weights, scores, degrees), each of which multiplies a whole row of
-        features, so its error counts for all of them while it takes a fraction of their memory.
-        """
-        if self._width == 32 or rule is EXACT or not isinstance(rule, Need) or tensor.dtype not in FLOAT_DTYPES:
-            return 32
-        narrow = tensor.dim() < 2 or tensor.shape[-1] < _NARROW
-        return _RAISED_BITS[self._width] if rule is SMOOTH or narrow else self._width
-
-    def _bits(self, run: Tensor, least: int) -> int:
-        """The width for a run of elements: at least ``least``, more where more is cheap.
-
-        A tensor that is small beside the step's largest gets a bit more each time its size halves, as long as all
-        such extras together stay below a hundredth of the raw bytes. The score head is small and on every path of the
-        gradient: this is what keeps its error from all the rest.
-        """
-        if least == 32:
-            return 32
-        wish = self._width + math.log2(max(self._largest / run.nbytes, 1.0))
-        better = min((width for width in BITS if width >= least), key=lambda width: abs(width - wish))
-        return better if self._extra_for(run, better, least) <= self._raw_bytes // 100 else least
-
-    def _extra_for(self, run: Tensor, bits: int, least: int) -> int:
-        """What all extras would come to, were this run kept in ``bits`` bits where ``least`` would do."""
-        return self._extra + self._code_size(run.numel(), bits) - self._code_size(run.numel(), least)
-
-    def _group(self, bits: int) -> int:
-        """Elements that share a scale: smaller groups where there are few levels."""
-        return self._group_size or (32 if bits <= 2 else 64)
-
-    def _code_size(self, numel: int, bits: int) -> int:
-        return quantized_size(numel, bits, self._group(bits))
-
     # -- the forms ----------------------------------------------------------------------------------------------
 
     def _value(self, tensor: Tensor, least: int, entry: Entry) -> Coded:
@@ -214,7 +165,7 @@ class Keeper:
         layout = Layout.of(tensor)
         record = self._record(tensor, layout)
         run = layout.run(tensor)
-        bits = self._bits(run, least)
+        bits = self._widths.better(run, least)
         if record.bits < bits:
             if record.entry is not None:  # the coarser code is replaced, for every save that has it
                 record.entry.stored_bytes = 0
@@ -227,7 +178,7 @@ class Keeper:
                 record.value, record.bits = code, bits if not isinstance(code, RawCode) else 32
                 entry.stored_bytes = code.nbytes
                 if record.bits < 32:
-                    self._extra = self._extra_for(run, bits, least)
+                    self._widths.spend(run, bits, least)
             else:
                 record.reference, record.bits = Reference.to(run.detach(), entry.op), 32
                 entry.stored_bytes = self._reference_bytes(tensor)
@@ -244,13 +195,11 @@ class Keeper:
             return encode_bool(run)
         if not run.is_floating_point():
             return encode_integers(run)
-        if bits == 32 or self._code_size(run.numel(), bits) >= run.nbytes:
+        if bits == 32 or self._widths.size(run.numel(), bits) >= run.nbytes:
             return None
-        return quantize(run, bits, key=self._next_key(), group_size=self._group(bits))
+        return quantize(run, bits, key=self._next_key(), group_size=self._widths.group(bits))
 
-    def _levels(
-        self, tensor: Tensor, layout: Layout, key: Any, encode: Callable[[Tensor], Code], entry: Entry
-    ) -> Kept:
+    def _levels(self, tensor: Tensor, layout: Layout, key: Any, encode: Callable[[Tensor], Code], entry: Entry) -> Kept:
         """A side or a sign of each element, shared with every save that asks the same."""
         record = self._record(tensor, layout)
         if record.reference is not None:
@@ -267,7 +216,7 @@ class Keeper:
         if recipe is None or self._recipe_cost(recipe, least) >= self._own_cost(tensor, rule, least):
             return None
         entry.codec = "recipe" if recipe.computes else "gather"
-        geometry = (tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        geometry = (tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
         return self._follow(recipe, least, geometry, entry)
 
     def _follow(self, recipe: Recipe, least: int, geometry: tuple[Any, Any, int], entry: Entry) -> Kept:
@@ -293,7 +242,9 @@ class Keeper:
             geometry = (ingredient.shape, ingredient.stride, ingredient.offset)
             return self._follow(ingredient.recipe, least, geometry, entry)
         record = self._kept_record(ingredient, least)
-        if tensor is not None and (record is None or record.bits < self._bits(Layout.of(tensor).run(tensor), least)):
+        if tensor is not None and (
+            record is None or record.bits < self._widths.better(Layout.of(tensor).run(tensor), least)
+        ):
             part = self._enter(entry.module, f"{entry.op} {'from' if ingredient.floating else 'index'}", "", tensor)
             record = self._value(tensor, least, part).record
         assert record is not None  # its recipe would have been cheaper
@@ -336,7 +287,7 @@ class Keeper:
             return tensor.numel() // 8
         if rule is SIGN:
             return tensor.numel() // 4
-        return min(self._code_size(tensor.numel(), least), tensor.nbytes) if least < 32 else tensor.nbytes
+        return min(self._widths.size(tensor.numel(), least), tensor.nbytes) if least < 32 else tensor.nbytes
 
     def _cost(self, ingredient: Ingredient, tensor: Tensor | None, least: int) -> float:
         """The bytes it would take to keep an ingredient as well; infinity where it is gone."""
@@ -346,7 +297,7 @@ class Keeper:
             return math.inf
         numel = Layout.of(tensor).numel
         if ingredient.floating and least < 32:
-            return self._code_size(numel, least)
+            return self._widths.size(numel, least)
         return numel * tensor.itemsize
 
     def _as_in_the_paper(self, tensor: Tensor, entry: Entry) -> Kept:
@@ -357,7 +308,7 @@ class Keeper:
             return self._exact(tensor, entry)
         layout = Layout(layout.shape, _row_major(tensor), 0, layout.numel, layout.numel == tensor.numel())
         run = tensor if layout.dense else Layout.of(tensor).run(tensor)
-        code = quantize(run, self._width, key=self._next_key(), group_size=width, metadata=torch.float32)
+        code = quantize(run, self._widths.bits, key=self._next_key(), group_size=width, metadata=torch.float32)
         entry.codec, entry.stored_bytes = code.name, code.nbytes
         return Levels(code, layout if layout.dense else Layout.of(tensor))
 
@@ -374,8 +325,7 @@ class Keeper:
         if storage._cdata not in self._storages:
             self._storages[storage._cdata] = (StorageWeakRef(storage), entry)
             entry.raw_bytes = storage.nbytes()
-            self._raw_bytes += entry.raw_bytes
-            self._largest = max(self._largest, entry.raw_bytes)
+            self._widths.charge(entry.raw_bytes)
 
     def _reference_bytes(self, tensor: Tensor) -> int:
         """The bytes a further reference keeps alive: the whole storage, unless another reference does already."""

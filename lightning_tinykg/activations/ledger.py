@@ -66,14 +66,14 @@ class Ledger:
     Example:
         >>> from lightning_tinykg import compress_activations
         >>> import torch
-        >>> x = torch.randn(1000, 64, requires_grad=True)
+        >>> linear, x = torch.nn.Linear(64, 64), torch.randn(1000, 64)
         >>> with compress_activations(bits=2) as ledger:
-        ...     loss = x.exp().tanh().sum()
+        ...     loss = linear(x).relu().exp().tanh().sum()
         >>> loss.backward()
-        >>> [(entry.op, entry.codec) for entry in ledger]
-        [('Exp.result', 'int2'), ('Tanh.result', 'int8')]
+        >>> [(entry.op, entry.codec) for entry in ledger if entry.codec != "held"]
+        [('Relu.result', 'mask'), ('Exp.result', 'int2'), ('Tanh.result', 'int4')]
         >>> round(ledger.ratio, 1)
-        5.5
+        11.3
     """
 
     def __init__(self) -> None:

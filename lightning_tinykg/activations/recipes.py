@@ -169,7 +169,7 @@ class RecipeBook:
             argument._version,
             tuple(argument.shape),
             tuple(argument.stride()),
-            argument.storage_offset(),
+            int(argument.storage_offset()),
             argument.dtype,
             recipe,
             weight,

@@ -21,7 +21,7 @@ function or a compiled graph, of which nothing can be known. Integers and bools 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from math import inf
@@ -63,6 +63,8 @@ class Side:
 
 
 Rule = Need | Side
+
+_Rules = Mapping[str, Rule | Callable[[Any], Rule]]
 
 
 def _sides(kind: str, inside: Callable[[Tensor], Tensor], no: float, yes: float) -> Side:
@@ -130,7 +132,7 @@ def _norm(node: Any) -> Rule:
 
 def _power(node: Any) -> Rule:
     exponent = node._saved_exponent
-    if isinstance(exponent, Tensor) or isinstance(exponent, complex) or exponent != int(exponent) or exponent < 1:
+    if isinstance(exponent, (Tensor, complex)) or exponent != int(exponent) or exponent < 1:
         return EXACT  # near zero the derivative has no bound
     return LINEAR if exponent <= 2 else SMOOTH
 
@@ -139,17 +141,15 @@ def _scatter_reduce(node: Any) -> Rule:
     return SHAPE if node._saved_reduce in ("sum", "mean") else EXACT
 
 
+_PRODUCT: _Rules = {"self": LINEAR, "other": LINEAR}
+_MATRIX_PRODUCT: _Rules = {"self": LINEAR, "mat2": LINEAR}
+_ATTENTION: _Rules = {"query": SMOOTH, "key": SMOOTH, "value": SMOOTH, "output": SMOOTH}
+_SHAPE_ONLY: _Rules = {"self": SHAPE}
+_SMOOTH_INPUT: _Rules = {"self": SMOOTH}
+_SMOOTH_RESULT: _Rules = {"result": SMOOTH}
+_LINEAR_RESULT: _Rules = {"result": LINEAR}
 
-
-_PRODUCT = {"self": LINEAR, "other": LINEAR}
-_MATRIX_PRODUCT = {"self": LINEAR, "mat2": LINEAR}
-_ATTENTION = {"query": SMOOTH, "key": SMOOTH, "value": SMOOTH, "output": SMOOTH}
-_SHAPE_ONLY = {"self": SHAPE}
-_SMOOTH_INPUT = {"self": SMOOTH}
-_SMOOTH_RESULT = {"result": SMOOTH}
-_LINEAR_RESULT = {"result": LINEAR}
-
-RULES: dict[str, dict[str, Rule | Callable[[Any], Rule]]] = {
+RULES: dict[str, _Rules] = {
     # products: linear in each factor
     "Mul": {"self": MASK, "other": MASK},
     "Addcmul": {"tensor1": LINEAR, "tensor2": LINEAR},

@@ -143,7 +143,7 @@ class Layout:
             >>> layout.numel, layout.dense
             (4, True)
         """
-        return cls.at(tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        return cls.at(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
 
     @classmethod
     def at(cls, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Layout:

@@ -1,9 +1,9 @@
-"""The stochastic-rounding group quantizer: INT8, INT4, INT2, INT1.
+r"""The stochastic-rounding group quantizer: INT8, INT4, INT2, INT1.
 
-TinyKG (arXiv 2212.04540), section 3.2, as a group quantizer: a group of consecutive elements shares a zero point
-``z`` and a scale ``s``; an element ``x`` becomes the code
+The quantizer of TinyKG (arXiv 2212.04540), by groups instead of rows: a group of consecutive elements shares a zero
+point ``z`` and a scale ``s``; an element ``x`` becomes the code
 
-.. math:: q = \\lfloor p \\rfloor + [u < p - \\lfloor p \\rfloor], \\quad p = (x - z) / s, \\quad u \\sim U[0, 1)
+.. math:: q = \lfloor p \rfloor + [u < p - \lfloor p \rfloor], \quad p = (x - z) / s, \quad u \sim U[0, 1)
 
 and is restored as ``z + s q``, whose expectation is ``x``: unbiased, with a variance of at most ``s**2 / 4``.
 
@@ -197,7 +197,7 @@ def dequantize(code: AffineCode) -> Tensor:
         >>> dequantize(quantize(torch.full((3, 50), 0.1), bits=1, key=0)).unique()
         tensor([0.1000])
     """
-    groups, group_bytes = code.codes.shape
+    groups = code.codes.shape[0]
     group_size = code.group_size
     out = torch.empty(groups * group_size, dtype=code.dtype, device=code.codes.device)
     rows = out.view(groups, group_size)
@@ -275,9 +275,7 @@ def _round_up(x: Tensor) -> Tensor:
     return ((x.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
-def _keep_exact(
-    x: Tensor, exact: Tensor, chunk: Tensor, first: int, index: list[Tensor], value: list[Tensor]
-) -> None:
+def _keep_exact(x: Tensor, exact: Tensor, chunk: Tensor, first: int, index: list[Tensor], value: list[Tensor]) -> None:
     """Put the groups that can't be quantized aside, and zeros in their place.
 
     On the CPU there are as many places as such groups. A GPU can't be asked how many without waiting for it: there

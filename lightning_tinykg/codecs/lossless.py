@@ -237,7 +237,7 @@ def narrow_dtype(dtype: torch.dtype, low: int, high: int) -> torch.dtype:
     return next(
         narrow
         for narrow in (*_INTEGERS, dtype)
-        if narrow == dtype or torch.iinfo(narrow).min <= low and high <= torch.iinfo(narrow).max
+        if narrow == dtype or (torch.iinfo(narrow).min <= low and high <= torch.iinfo(narrow).max)
     )
 
 
@@ -246,8 +246,8 @@ def encode_integers(tensor: Tensor, size: int | None = None) -> NarrowCode | Non
 
     Args:
         tensor: an integer tensor, any shape and strides.
-        size: for an index into a dimension of this size: its values lie in ``[-size, size - 1]``, known without a
-            look at them. None: the values decide, on the CPU; a GPU is not asked.
+        size: for an index into a dimension of this size: its values lie in ``[-size, size - 1]``. A GPU is not asked
+            for the values: there, nothing is narrowed without a size. On the CPU the values decide.
 
     Returns:
         The code, or None where nothing is to be gained.
@@ -256,7 +256,7 @@ def encode_integers(tensor: Tensor, size: int | None = None) -> NarrowCode | Non
         >>> encode_integers(torch.tensor([3, 500, 2])).values.dtype
         torch.int16
         >>> encode_integers(torch.tensor([3, 0, 2]), size=100).values.dtype
-        torch.int8
+        torch.uint8
     """
     if tensor.dtype not in _INTEGERS or tensor.numel() == 0:
         return None

@@ -59,7 +59,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if lanes == 1:
         return codes
     planes = codes.unflatten(-1, (lanes, -1))
-    packed = planes[..., 0, :].clone()
+    packed: Tensor = planes[..., 0, :].clone()
     for lane in range(1, lanes):
         packed |= planes[..., lane, :] << (lane * bits)
     return packed

@@ -1,0 +1,78 @@
+"""How many bits a saved tensor gets: at least what its backward needs, and more where more is cheap."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from lightning_tinykg.activations.rules import EXACT, SMOOTH, Need, Rule
+from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantized_size
+from lightning_tinykg.codecs.packing import BITS
+
+RAISED_BITS = {1: 4, 2: 4, 4: 8, 8: 8}
+"""By width: the least width of what enters a backward non-linearly, and of coefficients."""
+
+NARROW = 16
+"""A tensor whose last dimension is narrower than this holds coefficients, not features."""
+
+
+class Widths:
+    """The widths of one forward.
+
+    Args:
+        bits: the width that is asked for; 32 keeps all values exact.
+        group_size: elements that share a scale; None: by width.
+    """
+
+    def __init__(self, bits: int, group_size: int | None) -> None:
+        self.bits = bits
+        self._group_size = group_size
+        self._raw_bytes = 0
+        self._largest = 0
+        self._extra = 0
+
+    def charge(self, raw_bytes: int) -> None:
+        """Note a tensor that the uncompressed graph would keep."""
+        self._raw_bytes += raw_bytes
+        self._largest = max(self._largest, raw_bytes)
+
+    def least(self, tensor: Tensor, rule: Rule) -> int:
+        """The least width for a tensor under a rule.
+
+        What enters its backward non-linearly gets at least ``RAISED_BITS``, and so does what has only a few elements
+        in a row: it holds coefficients (attention weights, scores, degrees), each of which multiplies a whole row of
+        features, so its error counts for all of them while it takes a fraction of their memory.
+        """
+        if self.bits == 32 or rule is EXACT or not isinstance(rule, Need) or tensor.dtype not in FLOAT_DTYPES:
+            return 32
+        narrow = tensor.dim() < 2 or tensor.shape[-1] < NARROW
+        return RAISED_BITS[self.bits] if rule is SMOOTH or narrow else self.bits
+
+    def better(self, run: Tensor, least: int) -> int:
+        """The width for a run of elements: at least ``least``, more where more is cheap.
+
+        A tensor that is small beside the step's largest gets a bit more each time its size halves, as long as all
+        such extras together stay below a hundredth of the raw bytes. The score head is small and on every path of the
+        gradient: this is what keeps its error from all the rest.
+        """
+        if least == 32:
+            return 32
+        wish = self.bits + math.log2(max(self._largest / max(run.nbytes, 1), 1.0))
+        better = min((width for width in BITS if width >= least), key=lambda width: abs(width - wish))
+        return better if self._with(run, better, least) <= self._raw_bytes // 100 else least
+
+    def spend(self, run: Tensor, bits: int, least: int) -> None:
+        """A run is kept in ``bits`` bits where ``least`` would do."""
+        self._extra = self._with(run, bits, least)
+
+    def group(self, bits: int) -> int:
+        """Elements that share a scale: smaller groups where there are few levels."""
+        return self._group_size or (32 if bits <= 2 else 64)
+
+    def size(self, numel: int, bits: int) -> int:
+        """The bytes of so many elements in a width below 32."""
+        return quantized_size(numel, bits, self.group(bits))
+
+    def _with(self, run: Tensor, bits: int, least: int) -> int:
+        return self._extra + self.size(run.numel(), bits) - self.size(run.numel(), least)
