@@ -139,12 +139,8 @@ class _Observer(TorchFunctionMode):
 
     def pack(self, tensor: Tensor) -> Saved:
         """Autograd saves a tensor."""
-        saved = Saved(tensor, self._tracker.path)
-        if self._tracker.covers:
-            self._pending.append(saved)
-        else:
-            with torch.no_grad():
-                self._keeper.keep_as_is(saved, "excluded")
+        saved = Saved(tensor, self._tracker.path, exact=not self._tracker.covers)
+        self._pending.append(saved)
         return saved
 
     def __torch_function__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Reference, Remade, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
-from lightning_tinykg.activations.rules import LINEAR, MASK, SHAPE, SIGN, Rule, Side, rule_for
+from lightning_tinykg.activations.rules import EXACT, LINEAR, MASK, SHAPE, SIGN, Rule, Side, rule_for
 from lightning_tinykg.activations.storages import Layout, Provenance, is_plain, node_name, storage_id, tensors_in
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
@@ -59,6 +60,7 @@ class Keeper:
         self._storages: dict[int, tuple[StorageWeakRef, Entry]] = {}
         self._recipes = RecipeBook(min_bytes)
         self._ingredients: set[int] = set()
+        self._referenced: set[int] = set()
 
     # -- what the forward does ----------------------------------------------------------------------------------
 
@@ -85,23 +87,13 @@ class Keeper:
     def finish(self) -> None:
         """The forward is over: leave out of the raw count what the user still holds, and let go of everything."""
         self._recipes.clear()
-        references = {key[0] for key, record in self._records.items() if record.reference is not None}
         for storage, (weak, entry) in self._storages.items():
-            if storage not in references and not weak.expired():
+            if storage not in self._referenced and not weak.expired():
                 entry.raw_bytes = 0
         self._records.clear()
         self._storages.clear()
 
     # -- what is kept -------------------------------------------------------------------------------------------
-
-    def keep_as_is(self, saved: Saved, codec: str) -> None:
-        """Keep a save by reference, whatever it is."""
-        tensor = saved.raw()
-        entry = self._enter(saved.module, "", codec, tensor)
-        if is_plain(tensor) and not self.provenance.is_users(tensor, None):
-            self._charge(tensor, entry)
-            entry.stored_bytes = entry.raw_bytes
-        saved.fill(Reference(tensor.detach(), saved.version, codec))
 
     def keep(self, saved: Saved, node: Any, attribute: str, inputs: list[Tensor] | None, op: str) -> None:
         """Keep a save whose node and attribute are known (or None).
@@ -124,15 +116,18 @@ class Keeper:
             entry.codec = "held"
         else:
             self._charge(tensor, entry)
-            rule = rule_for(node, attribute) if self._by_rules else LINEAR
-            saved.fill(self._choose(tensor, rule, entry, op))
+            if saved.exact:
+                kept = self._choose(tensor, EXACT, entry, op)
+            elif self._by_rules:
+                kept = self._choose(tensor, rule_for(node, attribute), entry, op)
+            else:
+                kept = self._as_in_the_paper(tensor, entry)
+            saved.fill(kept)
 
     def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str) -> Kept:
         """The cheapest form that serves the rule."""
         if tensor.numel() == 0:
             return self._exact(tensor, entry)
-        if not self._by_rules:
-            return self._as_in_the_paper(tensor, entry)
         if rule is SHAPE:
             entry.codec = "shape"
             return Levels(ShapeCode(tensor.numel(), tensor.dtype, tensor.device), Layout.of(tensor))
@@ -302,15 +297,14 @@ class Keeper:
 
     def _as_in_the_paper(self, tensor: Tensor, entry: Entry) -> Kept:
         """TinyKG to the letter: every float, each save for itself, row by row, float32 scale and zero point."""
-        layout = Layout.of(tensor)
-        width = tensor.shape[-1] if tensor.dim() else 1
-        if tensor.dtype not in FLOAT_DTYPES or layout.numel * tensor.itemsize < self._min_bytes:
+        layout = replace(Layout.of(tensor), dense=False)  # rows are the tensor's, however it lies in memory
+        run = layout.run(tensor)
+        if tensor.dtype not in FLOAT_DTYPES or run.numel() == 0 or run.nbytes < self._min_bytes:
             return self._exact(tensor, entry)
-        layout = Layout(layout.shape, _row_major(tensor), 0, layout.numel, layout.numel == tensor.numel())
-        run = tensor if layout.dense else Layout.of(tensor).run(tensor)
+        width = run.shape[-1] if run.dim() else 1
         code = quantize(run, self._widths.bits, key=self._next_key(), group_size=width, metadata=torch.float32)
         entry.codec, entry.stored_bytes = code.name, code.nbytes
-        return Levels(code, layout if layout.dense else Layout.of(tensor))
+        return Levels(code, layout)
 
     # -- the books ----------------------------------------------------------------------------------------------
 
@@ -330,10 +324,10 @@ class Keeper:
     def _reference_bytes(self, tensor: Tensor) -> int:
         """The bytes a further reference keeps alive: the whole storage, unless another reference does already."""
         storage = storage_id(tensor)
-        held = any(key[0] == storage and record.reference is not None and record.entry is not None
-                   for key, record in self._records.items() if record.reference is not None
-                   and record.entry is not None and record.entry.stored_bytes)  # fmt: skip
-        return 0 if held else tensor.untyped_storage().nbytes()
+        if storage in self._referenced:
+            return 0
+        self._referenced.add(storage)
+        return tensor.untyped_storage().nbytes()
 
     def _record(self, tensor: Tensor, layout: Layout) -> Record:
         key = _record_key(storage_id(tensor), layout, tensor.dtype, tensor._version)
@@ -349,10 +343,6 @@ class Keeper:
 def _record_key(storage: int, layout: Layout, dtype: torch.dtype, version: int) -> tuple[Any, ...]:
     geometry = () if layout.dense else (layout.shape, layout.stride)
     return (storage, layout.offset, layout.numel, dtype, version, geometry)
-
-
-def _row_major(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(torch.empty(tensor.shape, device="meta").stride())
 
 
 def _writes_in_place(func: Any, kwargs: dict[str, Any]) -> bool:

@@ -164,15 +164,19 @@ class Saved:
         tensor: the tensor, until it is encoded.
         version: its version when it was saved.
         kept: what is kept of it, once it is encoded.
+        module: path of the module that saved it.
+        exact: whether that module is left out of compression.
+        attempts: how often no op has claimed it.
     """
 
-    __slots__ = ("attempts", "kept", "module", "tensor", "version")
+    __slots__ = ("attempts", "exact", "kept", "module", "tensor", "version")
 
-    def __init__(self, tensor: Tensor, module: str) -> None:
+    def __init__(self, tensor: Tensor, module: str, exact: bool) -> None:
         self.tensor: Tensor | None = tensor
-        self.version = tensor._version if not tensor.is_inference() else 0
+        self.version = tensor._version
         self.kept: Kept | None = None
         self.module = module
+        self.exact = exact
         self.attempts = 0
 
     def raw(self) -> Tensor:

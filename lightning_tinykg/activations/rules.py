@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from math import inf
+from math import inf, nan
 from typing import Any
 
 import torch
@@ -86,14 +86,14 @@ def _clamp_min(node: Any) -> Rule:
     if hasattr(node, "_raw_saved_min"):
         return EXACT
     bound = node._saved_min
-    return Side(("clamp_min", bound), lambda x: x >= bound, (-inf, inf))
+    return Side(("clamp_min", bound), lambda x: x >= bound, (nan, inf))
 
 
 def _clamp_max(node: Any) -> Rule:
     if hasattr(node, "_raw_saved_max"):
         return EXACT
     bound = node._saved_max
-    return Side(("clamp_max", bound), lambda x: x <= bound, (inf, -inf))
+    return Side(("clamp_max", bound), lambda x: x <= bound, (nan, -inf))
 
 
 def _clamp(node: Any) -> Rule:
@@ -106,7 +106,7 @@ def _clamp(node: Any) -> Rule:
         return _clamp_max(node)
     if low > high:
         return EXACT
-    return Side(("clamp", low, high), lambda x: (x >= low) & (x <= high), (inf, low))
+    return Side(("clamp", low, high), lambda x: (x >= low) & (x <= high), (nan, low))
 
 
 def _hardtanh(node: Any) -> Rule:

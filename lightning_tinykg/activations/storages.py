@@ -56,7 +56,7 @@ def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is an ordinary strided one, with a storage of its own that can be looked into.
 
-    Sparse, quantized, complex, fake, nested and subclass tensors (other than parameters) are not.
+    Sparse, quantized, complex, meta, inference and subclass tensors (other than parameters) are not.
     """
     return (
         type(tensor) in (Tensor, Parameter)
@@ -65,6 +65,7 @@ def is_plain(tensor: Tensor) -> bool:
         and not tensor.is_quantized
         and not tensor.is_neg()
         and not tensor.is_meta
+        and not tensor.is_inference()
     )
 
 
