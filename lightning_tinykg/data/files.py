@@ -6,10 +6,50 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["KGRecFiles", "unique_pairs"]
+__all__ = ["KGRecFiles", "contains_pairs", "sorted_unique", "unique_pairs"]
 
 IntArray = npt.NDArray[np.int64]
 Names = npt.NDArray[np.str_]
+
+
+def sorted_unique(keys: IntArray) -> IntArray:
+    """The distinct values, sorted: ``np.unique`` by sorting, several times faster on large integers than by hashing.
+
+    Args:
+        keys: Shape ``[N]``.
+
+    Returns:
+        Shape ``[M]``.
+
+    Example:
+        >>> sorted_unique(np.array([3, 1, 3])).tolist()
+        [1, 3]
+    """
+    keys = np.sort(keys, kind="stable")
+    distinct: IntArray = keys[np.diff(keys, prepend=keys[:1] - 1) != 0]
+    return distinct
+
+
+def contains_pairs(pairs: IntArray, wanted: IntArray) -> npt.NDArray[np.bool_]:
+    """Which of the wanted pairs are among the pairs.
+
+    Args:
+        pairs: Shape ``[2, N]``, non-negative.
+        wanted: Shape ``[2, M]``, non-negative.
+
+    Returns:
+        Shape ``[M]``.
+
+    Example:
+        >>> contains_pairs(np.array([[0, 1], [2, 3]]), np.array([[1, 0], [3, 3]])).tolist()
+        [True, False]
+    """
+    width = int(max(pairs[1].max(initial=0), wanted[1].max(initial=0))) + 1
+    keys, asked = sorted_unique(pairs[0] * width + pairs[1]), wanted[0] * width + wanted[1]
+    if keys.size == 0:
+        return np.zeros(asked.shape, dtype=np.bool_)
+    found: npt.NDArray[np.bool_] = keys[np.minimum(np.searchsorted(keys, asked), keys.size - 1)] == asked
+    return found
 
 
 def unique_pairs(pairs: IntArray) -> IntArray:
@@ -28,7 +68,7 @@ def unique_pairs(pairs: IntArray) -> IntArray:
     if pairs.shape[1] == 0:
         return pairs.astype(np.int64)
     width = int(pairs[1].max()) + 1
-    keys = np.unique(pairs[0].astype(np.int64) * width + pairs[1])
+    keys = sorted_unique(pairs[0].astype(np.int64) * width + pairs[1])
     return np.stack([keys // width, keys % width])
 
 

@@ -14,6 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torch_geometric.data import Data
 
 from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
+from lightning_tinykg.data.files import sorted_unique
 from lightning_tinykg.data.sampling import NegativeSampler
 from lightning_tinykg.data.splits import ItemsByUser
 
@@ -264,8 +265,9 @@ class TripleBatches(_StepDataset[TripleBatch]):
         self.edges: IntArray = torch.cat([graph.edge_index, graph.edge_type[None]]).numpy()
         head, tail, relation = self.edges
         # Rows of the sampler are the (head, relation) pairs that occur: far fewer than num_nodes * num_relations.
-        pairs, row = np.unique(head * np.int64(graph.num_relations) + relation, return_inverse=True)
-        self.row = row.astype(np.int64)
+        keys = head * np.int64(graph.num_relations) + relation
+        pairs = sorted_unique(keys)
+        self.row = np.searchsorted(pairs, keys)
         self.sampler = NegativeSampler(
             self.row, tail, num_rows=pairs.size, num_columns=int(graph.num_nodes), what=("(head, relation)", "nodes")
         )

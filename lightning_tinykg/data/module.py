@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -14,7 +12,7 @@ from torch_geometric.data import HeteroData
 
 from lightning_tinykg.data.batches import RankingBatch
 from lightning_tinykg.data.cache import read_cached
-from lightning_tinykg.data.files import KGRecFiles
+from lightning_tinykg.data.files import KGRecFiles, contains_pairs
 from lightning_tinykg.data.graph import build_graph, collaborative_graph
 from lightning_tinykg.data.loaders import (
     BPRBatches,
@@ -29,8 +27,6 @@ from lightning_tinykg.data.splits import ItemsByUser, hold_out
 from lightning_tinykg.data.synthetic import SyntheticKG
 
 __all__ = ["KGRecDataModule"]
-
-Pairs = npt.NDArray[np.int64]
 
 
 class KGRecDataModule(L.LightningDataModule):
@@ -78,7 +74,7 @@ class KGRecDataModule(L.LightningDataModule):
         >>> data = KGRecDataModule("synthetic:1000", batch_size=100)
         >>> data.prepare_data(); data.setup("fit")
         >>> data.num_users, data.num_items
-        (50, 62)
+        (42, 71)
         >>> next(iter(data.train_dataloader())).user.shape
         torch.Size([100])
     """
@@ -176,7 +172,7 @@ class KGRecDataModule(L.LightningDataModule):
             train, test = train[:, ~held], train[:, held]
         if train.shape[1] == 0:
             raise ValueError(f"{self.root}: no training interactions")
-        seen = _contains(train, test, self.files.num_items)
+        seen = contains_pairs(train, test)
         if self.drop_seen_test:
             test = test[:, ~seen]
         held = hold_out(train[0], num_users=num_users, fraction=self.val_fraction, seed=[self.seed, 11])
@@ -301,11 +297,6 @@ class KGRecDataModule(L.LightningDataModule):
 
 def _identity(batch: Any) -> Any:
     return batch
-
-
-def _contains(pairs: Pairs, wanted: Pairs, num_items: int) -> npt.NDArray[np.bool_]:
-    """Which of the wanted pairs are among the pairs."""
-    return np.isin(wanted[0] * num_items + wanted[1], pairs[0] * num_items + pairs[1])
 
 
 def _synthetic(root: str, seed: int) -> SyntheticKG | None:

@@ -3,6 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from lightning_tinykg.data.files import sorted_unique
+
 __all__ = ["NegativeSampler"]
 
 IntArray = npt.NDArray[np.int64]
@@ -44,7 +46,7 @@ class NegativeSampler:
         if num_rows * num_columns > np.iinfo(np.int64).max:
             raise ValueError(f"num_rows * num_columns must fit into 63 bits, got {num_rows} * {num_columns}")
         self.num_columns = num_columns
-        self._keys = np.unique(rows * np.int64(num_columns) + columns)
+        self._keys = sorted_unique(rows * np.int64(num_columns) + columns)
         linked_rows = self._keys // num_columns
         self._counts = np.bincount(linked_rows, minlength=num_rows).astype(np.int64)
         self._starts = np.cumsum(self._counts) - self._counts

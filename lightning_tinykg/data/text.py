@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lightning_tinykg.data.files import KGRecFiles, unique_pairs
+from lightning_tinykg.data.files import KGRecFiles, contains_pairs, unique_pairs
 from lightning_tinykg.data.kgcn import link_items
 from lightning_tinykg.data.reading import IntLines, fail, find_file, read_bytes, read_int_lines, read_table, require
 
@@ -40,8 +40,7 @@ def read_text(root: Path, *, given_test: bool = False, first_raw_item: int | Non
     train = _pairs(everything or require(root, "train.txt"), names)
     test = None if everything and not given_test else _pairs(require(root, "test.txt"), names)
     if everything and test is not None:
-        width = int(max(train[1].max(initial=0), test[1].max(initial=0))) + 1
-        train = train[:, ~np.isin(train[0] * width + train[1], test[0] * width + test[1])]
+        train = train[:, ~contains_pairs(test, train)]
     both = train if test is None else np.concatenate([train, test], axis=1)
     num_users, num_items = (
         len(ids) if (ids := names[what]) is not None else int(row.max(initial=-1)) + 1
