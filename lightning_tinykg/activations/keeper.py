@@ -160,12 +160,12 @@ class Keeper:
         layout = Layout.of(tensor)
         record = self._record(tensor, layout)
         run = layout.run(tensor)
-        bits = self._widths.better(run, least)
+        bits = self._widths.better(layout, tensor.itemsize, least)
         if record.bits < bits:
             if record.entry is not None:  # the coarser code is replaced, for every save that has it
                 record.entry.stored_bytes = 0
             record.value, record.reference = None, None
-            code = self._encode(run, bits)
+            code = self._encode(run, layout, bits)
             whole = tensor.untyped_storage().nbytes()
             if code is None and 2 * layout.numel * tensor.itemsize <= whole:
                 code = RawCode(run.reshape(-1).clone())  # not for a slice's sake the whole storage
@@ -173,7 +173,7 @@ class Keeper:
                 record.value, record.bits = code, bits if not isinstance(code, RawCode) else 32
                 entry.stored_bytes = code.nbytes
                 if record.bits < 32:
-                    self._widths.spend(run, bits, least)
+                    self._widths.spend(layout, bits, least)
             else:
                 record.reference, record.bits = Reference.to(run.detach(), entry.op), 32
                 entry.stored_bytes = self._reference_bytes(tensor)
@@ -184,15 +184,15 @@ class Keeper:
     def _exact(self, tensor: Tensor, entry: Entry) -> Kept:
         return self._value(tensor, 32, entry)
 
-    def _encode(self, run: Tensor, bits: int) -> Code | None:
+    def _encode(self, run: Tensor, layout: Layout, bits: int) -> Code | None:
         """A code for a run of elements, or None where keeping it as it is takes no more."""
         if run.dtype == torch.bool:
             return encode_bool(run)
         if not run.is_floating_point():
             return encode_integers(run)
-        if bits == 32 or self._widths.size(run.numel(), bits) >= run.nbytes:
+        if bits == 32 or self._widths.size(layout, bits) >= run.nbytes:
             return None
-        return quantize(run, bits, key=self._next_key(), group_size=self._widths.group(bits))
+        return quantize(run, bits, key=self._next_key(), group_size=self._widths.group(layout, bits))
 
     def _levels(self, tensor: Tensor, layout: Layout, key: Any, encode: Callable[[Tensor], Code], entry: Entry) -> Kept:
         """A side or a sign of each element, shared with every save that asks the same."""
@@ -237,16 +237,16 @@ class Keeper:
             geometry = (ingredient.shape, ingredient.stride, ingredient.offset)
             return self._follow(ingredient.recipe, least, geometry, entry)
         record = self._kept_record(ingredient, least)
-        if tensor is not None and (
-            record is None or record.bits < self._widths.better(Layout.of(tensor).run(tensor), least)
-        ):
+        layout = Layout.at(ingredient.shape, ingredient.stride, ingredient.offset)
+        wanted = 0 if tensor is None else self._widths.better(layout, tensor.itemsize, least)
+        if tensor is not None and (record is None or record.bits < wanted):
             part = self._enter(entry.module, f"{entry.op} {'from' if ingredient.floating else 'index'}", "", tensor)
             record = self._value(tensor, least, part).record
         assert record is not None  # its recipe would have been cheaper
         record.ingredient = True
         if record.reference is not None:
             self._ingredients.add(ingredient.storage.cdata)
-        return Coded(record, Layout.at(ingredient.shape, ingredient.stride, ingredient.offset))
+        return Coded(record, layout)
 
     def _recipe_cost(self, recipe: Recipe, least: int, depth: int = 0) -> float:
         """The bytes it would take to keep what a recipe starts from as well; infinity where that is gone."""
@@ -282,7 +282,7 @@ class Keeper:
             return tensor.numel() // 8
         if rule is SIGN:
             return tensor.numel() // 4
-        return min(self._widths.size(tensor.numel(), least), tensor.nbytes) if least < 32 else tensor.nbytes
+        return min(self._widths.size(Layout.of(tensor), least), tensor.nbytes) if least < 32 else tensor.nbytes
 
     def _cost(self, ingredient: Ingredient, tensor: Tensor | None, least: int) -> float:
         """The bytes it would take to keep an ingredient as well; infinity where it is gone."""
@@ -290,10 +290,10 @@ class Keeper:
             return 0
         if tensor is None:
             return math.inf
-        numel = Layout.of(tensor).numel
+        layout = Layout.of(tensor)
         if ingredient.floating and least < 32:
-            return self._widths.size(numel, least)
-        return numel * tensor.itemsize
+            return self._widths.size(layout, least)
+        return layout.numel * tensor.itemsize
 
     def _as_in_the_paper(self, tensor: Tensor, entry: Entry) -> Kept:
         """TinyKG to the letter: every float, each save for itself, row by row, float32 scale and zero point."""

@@ -156,6 +156,27 @@ class Layout:
             run *= size
         return cls(shape, stride, offset, 0 if 0 in shape else run, dense)
 
+    def group(self, limit: int) -> int:
+        """A group size of at most ``limit`` that fits the rows, so that no group straddles two of them.
+
+        Rows can differ by orders of magnitude, and what divides by their norm needs each to its own scale. Rows that
+        are very narrow, or have no divisor near the limit, are grouped as they come.
+
+        Example:
+            >>> [Layout.of(torch.empty(100, *row)).group(64) for row in ((64,), (16,), (4, 16), (176,), (4,))]
+            [64, 16, 64, 44, 64]
+        """
+        dimensions = sorted((s, n) for n, s in zip(self.shape, self.stride, strict=True) if n != 1 and s != 0)
+        row = 1
+        for _, size in dimensions:
+            if row * size > limit:
+                break
+            row *= size
+        if row == 1 and dimensions:  # wider than the limit
+            width = dimensions[0][1]
+            row = max(divisor for divisor in range(1, limit + 1) if width % divisor == 0)
+        return row if 4 * row >= limit else limit
+
     def run(self, tensor: Tensor) -> Tensor:
         """The elements to keep: flat where they are a run, otherwise the tensor without its expanded dimensions."""
         if self.dense:

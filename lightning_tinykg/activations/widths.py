@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from lightning_tinykg.activations.rules import EXACT, SMOOTH, Need, Rule
+from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantized_size
 from lightning_tinykg.codecs.packing import BITS
 
@@ -49,8 +50,8 @@ class Widths:
         narrow = tensor.dim() < 2 or tensor.shape[-1] < NARROW
         return RAISED_BITS[self.bits] if rule is SMOOTH or narrow else self.bits
 
-    def better(self, run: Tensor, least: int) -> int:
-        """The width for a run of elements: at least ``least``, more where more is cheap.
+    def better(self, layout: Layout, itemsize: int, least: int) -> int:
+        """The width for a run of elements of ``itemsize`` bytes each: at least ``least``, more where more is cheap.
 
         A tensor that is small beside the step's largest gets a bit more each time its size halves, as long as all
         such extras together stay below a hundredth of the raw bytes. The score head is small and on every path of the
@@ -58,21 +59,21 @@ class Widths:
         """
         if least == 32:
             return 32
-        wish = self.bits + math.log2(max(self._largest / max(run.nbytes, 1), 1.0))
+        wish = self.bits + math.log2(max(self._largest / max(layout.numel * itemsize, 1), 1.0))
         better = min((width for width in BITS if width >= least), key=lambda width: abs(width - wish))
-        return better if self._with(run, better, least) <= self._raw_bytes // 100 else least
+        return better if self._with(layout, better, least) <= self._raw_bytes // 100 else least
 
-    def spend(self, run: Tensor, bits: int, least: int) -> None:
+    def spend(self, layout: Layout, bits: int, least: int) -> None:
         """A run is kept in ``bits`` bits where ``least`` would do."""
-        self._extra = self._with(run, bits, least)
+        self._extra = self._with(layout, bits, least)
 
-    def group(self, bits: int) -> int:
-        """Elements that share a scale: smaller groups where there are few levels."""
-        return self._group_size or (32 if bits <= 2 else 64)
+    def group(self, layout: Layout, bits: int) -> int:
+        """Elements that share a scale: smaller groups where there are few levels, and none across rows."""
+        return layout.group(self._group_size or (32 if bits <= 2 else 64))
 
-    def size(self, numel: int, bits: int) -> int:
-        """The bytes of so many elements in a width below 32."""
-        return quantized_size(numel, bits, self.group(bits))
+    def size(self, layout: Layout, bits: int) -> int:
+        """The bytes of a run of elements in a width below 32."""
+        return quantized_size(layout.numel, bits, self.group(layout, bits))
 
-    def _with(self, run: Tensor, bits: int, least: int) -> int:
-        return self._extra + self.size(run.numel(), bits) - self.size(run.numel(), least)
+    def _with(self, layout: Layout, bits: int, least: int) -> int:
+        return self._extra + self.size(layout, bits) - self.size(layout, least)

@@ -150,6 +150,7 @@ def quantize(
         chunk_zero, chunk_scale, constant = _zero_and_scale(low, high, bits, metadata)
         # the range may overflow where the values do not, hence the test on what would be restored
         exact = ~torch.isfinite(chunk_zero + chunk_scale * (2**bits - 1))
+        exact |= low.isnan()  # rounding outward turns some NaNs into numbers
         if chunk.dtype == torch.float64:
             firsts = chunk.reshape(-1)[::group_size]
             exact |= constant & (firsts != low)  # a constant that float32 does not hold
@@ -211,8 +212,8 @@ def dequantize(code: AffineCode) -> Tensor:
             x = torch.mul(codes, scale[:, None], out=rows[part]).add_(zero[:, None])
         else:
             x = torch.mul(codes, scale[:, None]).add_(zero[:, None])
-            # rounded outward, the ends may lie beyond what the narrow dtype holds
-            x.clamp_(finfo.min, finfo.max)
+            if code.dtype.itemsize == 2:  # rounded outward, the ends may lie beyond what a narrow dtype holds
+                x.clamp_(finfo.min, finfo.max)
         if code.scale.dtype == torch.bfloat16:
             _restore_constants(x, code.zero[part], code.scale[part], codes)
         if code.dtype != torch.float32:
@@ -246,6 +247,10 @@ def iterate_chunks(tensor: Tensor, multiple: int) -> Iterator[tuple[int, Tensor]
     # the fewest rows that hold a multiple of `multiple` elements
     unit = multiple // math.gcd(multiple, row)
     if row * unit > max(limit, multiple) and row > 1:
+        if row % multiple == 0:
+            for i, part in enumerate(tensor):
+                yield from ((i * row + start, piece) for start, piece in iterate_chunks(part, multiple))
+            return
         rows, row, unit = tensor.contiguous().view(-1), 1, multiple
     step = max(1, limit // (row * unit)) * unit
     for first in range(0, rows.shape[0], step):

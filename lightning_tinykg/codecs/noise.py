@@ -59,6 +59,9 @@ def uniform(key: int, start: int, count: int, device: torch.device) -> Tensor:
         True
     """
     block, start = divmod(start, 1 << 31)
+    if (within := (1 << 31) - start) < count:
+        first = uniform(key, (block << 31) + start, within, device)
+        return torch.cat([first, uniform(key, (block + 1) << 31, count - within, device)])
     if block:  # positions beyond 2**31 continue under a key of their own
         key = make_key(key, block)
     low, high = _signed(key & 0xFFFFFFFF), _signed(key >> 32)

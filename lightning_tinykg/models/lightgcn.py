@@ -9,6 +9,7 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.nn.models import LightGCN as Encoder
 from torch_geometric.utils import to_undirected
 
+from lightning_tinykg.data.graph import collaborative_graph
 from lightning_tinykg.models.base import RankingModule
 
 __all__ = ["LightGCN"]
@@ -71,16 +72,16 @@ class LightGCN(RankingModule):
         self.encoder = Encoder(self.num_items + self.num_users, self.dim, self.num_layers, normalize=False)
 
     @staticmethod
-    def _graph(user: Tensor, item: Tensor, num_items: int, num_nodes: int) -> tuple[Tensor, Tensor]:
-        edge_index = to_undirected(torch.stack([user + num_items, item]), num_nodes=num_nodes)
+    def _normalise(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
+        edge_index = to_undirected(edge_index, num_nodes=num_nodes)
         index, weight = gcn_norm(edge_index, num_nodes=num_nodes, add_self_loops=False)
         return index, weight
 
     def prepare(self, data: HeteroData) -> None:
         """Keep the user-item graph and its symmetrically normalised weights."""
         user, item = data["user", "interacts", "entity"].edge_index.to(self.device)
-        num_nodes = self.num_items + self.num_users
-        self.edge_index, self.edge_weight = self._graph(user, item, self.num_items, num_nodes)
+        edges = torch.stack([user + self.num_items, item])
+        self.edge_index, self.edge_weight = self._normalise(edges, self.num_items + self.num_users)
 
     def embed(self) -> tuple[Tensor, Tensor]:
         """Embed the full graph: users `[num_users, dim]`, items `[num_items, dim]`."""
@@ -92,8 +93,9 @@ class LightGCN(RankingModule):
         entity, user = batch["entity"].n_id, batch["user"].n_id
         # An entity that is no item has no row here and no edge in the user-item graph, so any row will do.
         x = self.encoder.embedding(torch.cat([entity.clamp(max=self.num_items - 1), user + self.num_items]))
-        source, item = batch["user", "interacts", "entity"].edge_index
-        edge_index, weight = self._graph(source, item, entity.numel(), x.size(0))
+        graph = collaborative_graph(batch)
+        interacts = graph.edge_type % (graph.num_relations // 2) == 0  # from users and, inverted, from items
+        edge_index, weight = self._normalise(graph.edge_index[:, interacts], x.size(0))
         out = x * self.encoder.alpha[0]
         for conv, alpha in zip(self.encoder.convs, self.encoder.alpha[1:], strict=True):
             x = conv(x, edge_index, weight)
