@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -96,9 +96,9 @@ class TinyKGCallback(Callback):
         if stage != "fit":
             return
         strategy = trainer.strategy
-        wrapped = strategy.__dict__.get("training_step")
-        if isinstance(getattr(wrapped, "args", (None,))[0], TinyKGCallback):
+        if _is_ours(strategy.__dict__.get("training_step")):
             raise RuntimeError("a Trainer takes one TinyKGCallback, got two: put their settings into one")
+        self.ledger = self.largest = None
         self._compression.root = pl_module
         self._compression.rank = trainer.global_rank
         strategy.training_step = partial(_compressed_step, self, strategy.training_step)  # type: ignore[method-assign]
@@ -115,9 +115,12 @@ class TinyKGCallback(Callback):
         self._unwrap(trainer)
 
     def _unwrap(self, trainer: Trainer) -> None:
-        wrapped = trainer.strategy.__dict__.get("training_step")
-        if isinstance(wrapped, partial) and wrapped.args[0] is self:
-            del trainer.strategy.__dict__["training_step"]
+        strategy = trainer.strategy
+        wrapped = strategy.__dict__.get("training_step")
+        if _is_ours(wrapped) and wrapped.args[0] is self:
+            del strategy.__dict__["training_step"]
+            if getattr(wrapped.args[1], "__self__", None) is not strategy:  # another tool's wrapper
+                strategy.training_step = wrapped.args[1]  # type: ignore[method-assign]
         self._compression.root = None
 
     @override
@@ -160,6 +163,10 @@ class TinyKGCallback(Callback):
         self._compression.step = state_dict["step"]
 
 
+def _is_ours(step: Any) -> TypeGuard[partial[Any]]:
+    return isinstance(step, partial) and step.func is _compressed_step
+
+
 def _compressed_step(callback: TinyKGCallback, training_step: Any, *args: Any, **kwargs: Any) -> Any:
     """The strategy's training step, in the context. A plain ``with``: whatever happens in it, it is left."""
     with callback._compression as callback.ledger:
@@ -173,5 +180,7 @@ def _send_to_wandb(logger: Logger, ledger: Ledger) -> None:
     if not isinstance(logger, WandbLogger):
         return
     rows = ledger.summary()
+    if not rows:
+        return
     logger.log_table("tinykg/ledger", columns=list(rows[0]), data=[list(row.values()) for row in rows])
     logger.log_image("tinykg/ledger_plot", [ledger.plot()])

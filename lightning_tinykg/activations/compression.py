@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
@@ -233,6 +232,8 @@ class _ModuleTracker:
         self._exclude = [m[1:] for m in modules or () if isinstance(m, str) and m.startswith("!")]
         self._names: dict[int, str] = _names(root) if root is not None else {}
         self._outside = type(root).__name__ if root is not None else ""
+        # the root itself need not be called: a LightningModule's training_step is a mere method
+        self._decided = self._decide(root, self._outside, None) if root is not None else None
         self._stack: list[tuple[str, bool | None]] = []
         self._hooks: list[Any] = []
 
@@ -244,7 +245,7 @@ class _ModuleTracker:
     @property
     def covers(self) -> bool:
         """Whether what is saved now is to be compressed."""
-        decided = self._stack[-1][1] if self._stack else None
+        decided = self._stack[-1][1] if self._stack else self._decided
         return not self._include if decided is None else decided
 
     def __enter__(self) -> None:
@@ -261,29 +262,25 @@ class _ModuleTracker:
         if not self._stack:
             self._keeper.provenance.hold(tensors_in(args))
             if id(module) not in self._names:
-                self._names.update(_names(module))
+                self._names = _names(module) | self._names  # within a wrapper (DDP) the root's own paths hold
         path = self._names.get(id(module), type(module).__name__)
-        decided = self._stack[-1][1] if self._stack else None
-        if decided is not False:
-            if any(_matches(module, path, pattern) for pattern in self._exclude):
-                decided = False
-            elif any(_matches(module, path, pattern) for pattern in self._include):
-                decided = True
-        self._stack.append((path, decided))
+        decided = self._stack[-1][1] if self._stack else self._decided
+        self._stack.append((path, self._decide(module, path, decided)))
+
+    def _decide(self, module: nn.Module, path: str, decided: bool | None) -> bool | None:
+        """Whether a module is to be compressed, within one for which that is ``decided``."""
+        if decided is False or any(_matches(module, path, pattern) for pattern in self._exclude):
+            return False
+        return True if any(_matches(module, path, pattern) for pattern in self._include) else decided
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack:
             self._stack.pop()
 
 
-_NAMES: weakref.WeakKeyDictionary[nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
-
-
 def _names(root: nn.Module) -> dict[int, str]:
     """The paths of a module and all within it, by identity; the root goes by its class."""
-    if root not in _NAMES:
-        _NAMES[root] = {id(module): name or type(root).__name__ for name, module in root.named_modules()}
-    return _NAMES[root]
+    return {id(module): name or type(root).__name__ for name, module in root.named_modules()}
 
 
 def _matches(module: nn.Module, path: str, pattern: str | type[nn.Module]) -> bool:

@@ -1,0 +1,118 @@
+"""``TinyKGCallback`` with a ``WandbLogger``: curves, the ledger as a table and its plot, in an offline run."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_tinykg import TinyKGCallback
+
+wandb = pytest.importorskip("wandb")
+
+CURVES = {"tinykg/bits", "tinykg/raw_mib", "tinykg/stored_mib", "tinykg/ratio"}
+
+
+class Small(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.randn(192, 64), batch_size=64)
+
+
+class Idle(Small):
+    """Autograd saves nothing of a sum."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        bias: Any = self.net[0].bias
+        return bias.sum()
+
+
+@pytest.fixture
+def logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbLogger]:
+    for name in ("DATA", "CACHE", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+    yield WandbLogger(project="tinykg", save_dir=tmp_path, mode="offline")
+    wandb.finish()  # else the next logger would go on with this run
+
+
+def fit(module: L.LightningModule, callback: L.Callback, logger: Any, **options: Any) -> None:
+    L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        log_every_n_steps=1,
+        callbacks=[callback],
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    ).fit(module)
+
+
+def finished(logger: WandbLogger) -> tuple[Path, list[dict[str, Any]]]:
+    """End the run; the folder of its files, and the rows of its history."""
+    files = Path(logger.experiment.dir)
+    wandb.finish()
+    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", files.parent]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    records = [json.loads(line) for line in output.splitlines()]
+    return files, [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+def test_curves_table_and_plot(logger: WandbLogger, tmp_path: Path) -> None:
+    callback = TinyKGCallback(bits=2, summary=False)
+    fit(Small(), callback, [CSVLogger(tmp_path), logger])
+    files, rows = finished(logger)
+
+    steps = [row for row in rows if set(row) >= CURVES]
+    assert [row["trainer/global_step"] for row in steps] == [0, 1, 2]
+    assert callback.largest is not None
+    assert steps[-1]["tinykg/bits"] == 2
+    assert steps[-1]["tinykg/raw_mib"] == pytest.approx(callback.largest.raw_bytes / 2**20)
+    assert steps[-1]["tinykg/stored_mib"] == pytest.approx(callback.largest.stored_bytes / 2**20)
+    assert steps[-1]["tinykg/ratio"] == pytest.approx(callback.largest.ratio)
+
+    (table,) = [row for row in rows if "tinykg/ledger.path" in row]
+    content = json.loads((files / table["tinykg/ledger.path"]).read_text())
+    expected = callback.largest.summary()
+    assert content["columns"] == list(expected[0])
+    assert content["data"] == [list(row.values()) for row in expected]
+
+    (plot,) = [row for row in rows if "tinykg/ledger_plot.filenames" in row]
+    (name,) = plot["tinykg/ledger_plot.filenames"]
+    assert (files / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_saved_nothing_to_send(logger: WandbLogger) -> None:
+    """A fit must not fail in its last hook for want of rows."""
+    fit(Idle(), TinyKGCallback(bits=2, summary=False), logger)
+
+
+def test_no_step_nothing_to_send(logger: WandbLogger) -> None:
+    fit(Small(), TinyKGCallback(bits=2, summary=False), logger, max_steps=0)
+    assert not (Path(logger.experiment.dir) / "media").exists()
+
+
+def test_a_disabled_run(tmp_path: Path) -> None:
+    try:
+        fit(Small(), TinyKGCallback(bits=2, summary=False), WandbLogger(save_dir=tmp_path, mode="disabled"))
+    finally:
+        wandb.finish()
