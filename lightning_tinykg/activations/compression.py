@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
@@ -133,13 +134,14 @@ class _Observer(TorchFunctionMode):
         super().__init__()
         self._keeper = keeper
         self._tracker = tracker
-        self._pending: list[Saved] = []
+        # weak, since a node can die as soon as its op returns: an argsort's, for one
+        self._pending: list[weakref.ref[Saved]] = []
         self._floor = torch.autograd._get_sequence_nr()
 
     def pack(self, tensor: Tensor) -> Saved:
         """Autograd saves a tensor."""
         saved = Saved(tensor, self._tracker.path, exact=not self._tracker.covers)
-        self._pending.append(saved)
+        self._pending.append(weakref.ref(saved))
         return saved
 
     def __torch_function__(
@@ -151,6 +153,9 @@ class _Observer(TorchFunctionMode):
         self._keeper.before(func, args, kwargs)
         out = func(*args, **kwargs)
         if not isinstance(out, (Tensor, tuple, list)):
+            if self._pending:  # an assignment to an index has no result, but changes its first argument
+                inputs = list(tensors_in((args, kwargs)))
+                self._claim(inputs, inputs, "")
             return out
         inputs = list(tensors_in((args, kwargs)))
         self._keeper.observe(func, args, kwargs, out, inputs)
@@ -164,31 +169,29 @@ class _Observer(TorchFunctionMode):
             self._encode(roots, inputs, op)
 
     def _encode(self, roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> None:
-        pending = {id(saved) for saved in self._pending}
+        pending = {id(saved): saved for reference in self._pending if (saved := reference()) is not None}
         for saved, node, attribute in _named_saves(roots, self._floor):
-            if id(saved) in pending:
-                pending.discard(id(saved))
+            if pending.pop(id(saved), None) is not None:
                 self._keeper.keep(saved, node, attribute, inputs, op)
                 if not pending:
                     break
-        waiting = []
-        for saved in self._pending:
-            if saved.kept is None:
-                saved.attempts += 1
-                if saved.attempts > _PATIENCE:
-                    self._keeper.keep(saved, None, "", None, "")
-                else:
-                    waiting.append(saved)
-        self._pending = waiting
-        if not waiting:
+        self._pending = []
+        for saved in pending.values():
+            saved.attempts += 1
+            if saved.attempts > _PATIENCE:
+                self._keeper.keep(saved, None, "", None, "")
+            else:
+                self._pending.append(weakref.ref(saved))
+        if not self._pending:
             self._floor = torch.autograd._get_sequence_nr()
 
     def leave(self, exc_type: Any, exc: Any, traceback: Any) -> None:
         """The forward is over: encode what no op has claimed, unless it failed and nobody will ask for it."""
         if exc_type is None:
             with torch.no_grad():
-                for saved in self._pending:
-                    self._keeper.keep(saved, None, "", None, "")
+                for reference in self._pending:
+                    if (saved := reference()) is not None:
+                        self._keeper.keep(saved, None, "", None, "")
         self._pending.clear()
         self._keeper.finish()
 

@@ -59,24 +59,27 @@ class Keeper:
         self._records: dict[tuple[Any, ...], Record] = {}
         self._storages: dict[int, tuple[StorageWeakRef, Entry]] = {}
         self._recipes = RecipeBook(min_bytes)
-        self._ingredients: set[int] = set()
+        self._ingredients: dict[int, list[Record]] = {}
         self._referenced: set[int] = set()
 
     # -- what the forward does ----------------------------------------------------------------------------------
 
     def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op is about to run: if it writes in place what something is to be made from again, copy that first."""
-        if not self._ingredients or not _writes_in_place(func, kwargs):
+        if not self._ingredients or not _writes_in_place(func, args, kwargs):
             return
         for tensor in tensors_in((args, kwargs)):
             if is_plain(tensor) and storage_id(tensor) in self._ingredients:
                 self._copy_ingredients(storage_id(tensor))
 
     def _copy_ingredients(self, storage: int) -> None:
-        for key, record in self._records.items():
-            if key[0] == storage and record.ingredient and record.reference is not None:
-                record.value, record.reference = RawCode(record.reference.restore().reshape(-1).clone()), None
-        self._ingredients.discard(storage)
+        for record in self._ingredients.pop(storage):
+            if record.reference is not None:
+                run = record.reference.restore()
+                entry = self._enter("", "changed in place", "exact", run)
+                with torch.no_grad():
+                    record.value, record.reference = RawCode(run.reshape(-1).clone()), None
+                entry.stored_bytes, record.entry = record.value.nbytes, entry
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inputs: list[Tensor]) -> None:
         """An op has run: note whose memory its results are, and how they can be made again."""
@@ -85,12 +88,21 @@ class Keeper:
             self._recipes.note(func, args, kwargs, out)
 
     def finish(self) -> None:
-        """The forward is over: leave out of the raw count what the user still holds, and let go of everything."""
+        """The forward is over: leave out of the count what the user still holds, and let go of everything."""
         self._recipes.clear()
+        references: dict[int, list[Entry]] = {}
+        for key, record in self._records.items():
+            if record.reference is not None and record.entry is not None:
+                references.setdefault(key[0], []).append(record.entry)
         for storage, (weak, entry) in self._storages.items():
-            if storage not in self._referenced and not weak.expired():
+            ours = references.get(storage, [])
+            # besides our references, the storage's Python object counts
+            if not weak.expired() and torch._C._storage_Use_Count(storage) > len(ours) + 1:
                 entry.raw_bytes = 0
+                for reference in ours:
+                    reference.stored_bytes = 0
         self._records.clear()
+        self._ingredients.clear()
         self._storages.clear()
 
     # -- what is kept -------------------------------------------------------------------------------------------
@@ -227,25 +239,26 @@ class Keeper:
         return Remade(recipe.op, kept(recipe.args), recipe.kwargs, *geometry)
 
     def _ingredient(self, ingredient: Ingredient, least: int, entry: Entry) -> Kept:
-        """Keep one ingredient: by reference if it is a weight, else in an entry of its own, or by its own recipe."""
-        tensor = ingredient.tensor()
-        if tensor is not None and self._is_free(ingredient, tensor):
-            return Reference.to(tensor, entry.op)
+        """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe."""
+        tensor, layout = ingredient.tensor(), ingredient.layout
         least = least if ingredient.floating else 32
-        own = self._cost(ingredient, tensor, least)
-        if ingredient.recipe is not None and self._recipe_cost(ingredient.recipe, least) < own:
-            geometry = (ingredient.shape, ingredient.stride, ingredient.offset)
-            return self._follow(ingredient.recipe, least, geometry, entry)
         record = self._kept_record(ingredient, least)
-        layout = Layout.at(ingredient.shape, ingredient.stride, ingredient.offset)
-        wanted = 0 if tensor is None else self._widths.better(layout, tensor.itemsize, least)
-        if tensor is not None and (record is None or record.bits < wanted):
-            part = self._enter(entry.module, f"{entry.op} {'from' if ingredient.floating else 'index'}", "", tensor)
-            record = self._value(tensor, least, part).record
-        assert record is not None  # its recipe would have been cheaper
-        record.ingredient = True
+        if tensor is not None and self._is_free(ingredient, tensor):
+            record = self._record(tensor, layout)
+            if record.bits < 32:
+                record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
+        else:
+            own = self._cost(ingredient, tensor, least)
+            if ingredient.recipe is not None and self._recipe_cost(ingredient.recipe, least) < own:
+                geometry = (ingredient.shape, ingredient.stride, ingredient.offset)
+                return self._follow(ingredient.recipe, least, geometry, entry)
+            wanted = 0 if tensor is None else self._widths.better(layout, tensor.itemsize, least)
+            if tensor is not None and (record is None or record.bits < wanted):
+                name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
+                record = self._value(tensor, least, self._enter(entry.module, name, "", tensor)).record
+        assert record is not None  # else its recipe would have been cheaper
         if record.reference is not None:
-            self._ingredients.add(ingredient.storage.cdata)
+            self._ingredients.setdefault(ingredient.storage.cdata, []).append(record)
         return Coded(record, layout)
 
     def _recipe_cost(self, recipe: Recipe, least: int, depth: int = 0) -> float:
@@ -271,8 +284,7 @@ class Keeper:
 
     def _kept_record(self, ingredient: Ingredient, least: int) -> Record | None:
         """The record of an ingredient, if it is kept well enough already."""
-        layout = Layout.at(ingredient.shape, ingredient.stride, ingredient.offset)
-        key = _record_key(ingredient.storage.cdata, layout, ingredient.dtype, ingredient.version)
+        key = _record_key(ingredient.storage.cdata, ingredient.layout, ingredient.dtype, ingredient.version)
         record = self._records.get(key)
         return record if record is not None and record.bits >= least else None
 
@@ -345,12 +357,18 @@ def _record_key(storage: int, layout: Layout, dtype: torch.dtype, version: int) 
     return (storage, layout.offset, layout.numel, dtype, version, geometry)
 
 
-def _writes_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
+def _writes_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an op changes one of its arguments: ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``."""
-    name = getattr(func, "__name__", "")
+    name = getattr(func, "__name__", "").partition(".")[0]
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name[3:-2] in _OPERATORS)
-    return name.endswith("_") or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
+    if name == "embedding":  # renormalises the rows that it looks up
+        return kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)
+    return (
+        name.endswith("_")
+        or kwargs.get("out") is not None
+        or any(argument is True for argument in (kwargs.get("inplace"), *args[1:]))
+    )
 
 
 _OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")

@@ -66,7 +66,7 @@ class Reference:
         return self.alias.detach()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Record:
     """One run of elements, and all codes of it. A save that needs more precision replaces the code for every save.
 
@@ -77,7 +77,6 @@ class Record:
         reference: the run itself, where it is kept as it is.
         entry: the ledger's entry that paid for ``value`` or ``reference``.
         levels: the codes that restore a side or a sign only, by rule.
-        ingredient: whether something is made again from ``reference``, which plain autograd would not ask for.
     """
 
     storage: StorageWeakRef
@@ -86,7 +85,6 @@ class Record:
     reference: Reference | None = None
     entry: Entry | None = None
     levels: dict[Any, Code] = field(default_factory=dict)
-    ingredient: bool = False
 
     def elements(self) -> Tensor:
         """The elements, restored."""
@@ -169,7 +167,7 @@ class Saved:
         attempts: how often no op has claimed it.
     """
 
-    __slots__ = ("attempts", "exact", "kept", "module", "tensor", "version")
+    __slots__ = ("__weakref__", "attempts", "exact", "kept", "module", "tensor", "version")
 
     def __init__(self, tensor: Tensor, module: str, exact: bool) -> None:
         self.tensor: Tensor | None = tensor

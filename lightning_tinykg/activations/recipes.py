@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
-from lightning_tinykg.activations.storages import is_plain, is_users_weight, storage_id
+from lightning_tinykg.activations.storages import Layout, is_plain, is_users_weight, storage_id
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +47,11 @@ class Ingredient:
     dtype: torch.dtype
     recipe: Recipe | None
     weight: bool
+
+    @property
+    def layout(self) -> Layout:
+        """How it lies in its storage."""
+        return Layout.at(self.shape, self.stride, self.offset)
 
     @property
     def floating(self) -> bool:
@@ -131,8 +136,8 @@ class RecipeBook:
         largest = 0 if pointwise else max(out.nbytes, self._min_bytes)
         made = tuple(self._ingredient(argument, largest) for argument in op_args)
         recipe = Recipe(op, made, op_kwargs, pointwise, StorageWeakRef(out.untyped_storage()), out._version)
-        if pointwise and any(not i.floating for i in recipe.ingredients()):
-            return
+        if pointwise and not all(i.floating and i.layout.dense for i in recipe.ingredients()):
+            return  # restored with other strides, it might take another path through the kernel
         self._recipes[storage_id(out)] = recipe
 
     def clear(self) -> None:

@@ -77,23 +77,29 @@ HARDSIGMOID = _sides("hardsigmoid", lambda x: (x > -3) & (x < 3), 4.0, 0.0)
 FINITE = _sides("finite", torch.isfinite, inf, 0.0)
 
 
+def _in(x: Tensor, bound: float) -> Tensor:
+    """A threshold as the kernel sees it: rounded to the tensor's dtype."""
+    return torch.full((), bound, dtype=x.dtype, device=x.device)
+
+
 def _threshold(node: Any) -> Rule:
     bound = node._saved_threshold
-    return Side(("threshold", bound), lambda x: ~(x <= bound), (-inf, inf))
+    # this kernel compares 16-bit floats as float32, and does not round its threshold to them
+    return Side(("threshold", bound), lambda x: ~((x.float() if x.itemsize == 2 else x) <= bound), (-inf, nan))
 
 
 def _clamp_min(node: Any) -> Rule:
     if hasattr(node, "_raw_saved_min"):
         return EXACT
     bound = node._saved_min
-    return Side(("clamp_min", bound), lambda x: x >= bound, (nan, inf))
+    return Side(("clamp_min", bound), lambda x: x >= _in(x, bound), (nan, inf))
 
 
 def _clamp_max(node: Any) -> Rule:
     if hasattr(node, "_raw_saved_max"):
         return EXACT
     bound = node._saved_max
-    return Side(("clamp_max", bound), lambda x: x <= bound, (nan, -inf))
+    return Side(("clamp_max", bound), lambda x: x <= _in(x, bound), (nan, -inf))
 
 
 def _clamp(node: Any) -> Rule:
@@ -106,19 +112,19 @@ def _clamp(node: Any) -> Rule:
         return _clamp_max(node)
     if low > high:
         return EXACT
-    return Side(("clamp", low, high), lambda x: (x >= low) & (x <= high), (nan, low))
+    return Side(("clamp", low, high), lambda x: (x >= _in(x, low)) & (x <= _in(x, high)), (nan, low))
 
 
 def _hardtanh(node: Any) -> Rule:
     low, high = node._saved_min_val, node._saved_max_val
-    if not low < (low + high) / 2 < high:
-        return EXACT
-    return Side(("hardtanh", low, high), lambda x: ~((x <= low) | (x >= high)), (inf, (low + high) / 2))
+    if not high - low > max(abs(low), abs(high)) / 64:
+        return EXACT  # rounded to bfloat16, nothing might be between them
+    return Side(("hardtanh", low, high), lambda x: ~((x <= _in(x, low)) | (x >= _in(x, high))), (inf, (low + high) / 2))
 
 
 def _shrink(node: Any) -> Rule:
     bound = node._saved_lambd
-    return Side(("shrink", bound), lambda x: ~((x >= -bound) & (x <= bound)), (0.0, inf))
+    return Side(("shrink", bound), lambda x: ~((x >= _in(x, -bound)) & (x <= _in(x, bound))), (0.0, inf))
 
 
 def _vector_norm(node: Any) -> Rule:

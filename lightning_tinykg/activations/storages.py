@@ -56,12 +56,12 @@ def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is an ordinary strided one, with a storage of its own that can be looked into.
 
-    Sparse, quantized, complex, meta, inference and subclass tensors (other than parameters) are not.
+    Sparse, quantized, meta, inference and subclass tensors (other than parameters) are not, nor lazily conjugated ones.
     """
     return (
         type(tensor) in (Tensor, Parameter)
         and tensor.layout == torch.strided
-        and not tensor.is_complex()
+        and not tensor.is_conj()
         and not tensor.is_quantized
         and not tensor.is_neg()
         and not tensor.is_meta
