@@ -66,11 +66,10 @@ class Keeper:
 
     def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op is about to run: if it writes in place what something is to be made from again, copy that first."""
-        if not self._ingredients or not _writes_in_place(func, args, kwargs):
-            return
-        for tensor in tensors_in((args, kwargs)):
-            if is_plain(tensor) and storage_id(tensor) in self._ingredients:
-                self._copy_ingredients(storage_id(tensor))
+        if self._ingredients:
+            for tensor in tensors_in(_written(func, args, kwargs)):
+                if is_plain(tensor) and storage_id(tensor) in self._ingredients:
+                    self._copy_ingredients(storage_id(tensor))
 
     def _copy_ingredients(self, storage: int) -> None:
         for record in self._ingredients.pop(storage):
@@ -357,18 +356,17 @@ def _record_key(storage: int, layout: Layout, dtype: torch.dtype, version: int) 
     return (storage, layout.offset, layout.numel, dtype, version, geometry)
 
 
-def _writes_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an op changes one of its arguments: ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``."""
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an op changes: by ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``; None if nothing."""
     name = getattr(func, "__name__", "").partition(".")[0]
     if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name[3:-2] in _OPERATORS)
-    if name == "embedding":  # renormalises the rows that it looks up
-        return kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)
-    return (
-        name.endswith("_")
-        or kwargs.get("out") is not None
-        or any(argument is True for argument in (kwargs.get("inplace"), *args[1:]))
-    )
+        in_place = name == "__setitem__" or (name.startswith("__i") and name[3:-2] in _OPERATORS)
+    elif name == "embedding":  # renormalises the rows that it looks up
+        in_place = kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)
+        return [*args[1:2], kwargs.get("weight")] if in_place else None
+    else:
+        in_place = name.endswith("_") or any(argument is True for argument in (kwargs.get("inplace"), *args[1:]))
+    return [kwargs.get("out"), *(args[:1] if in_place else ())]
 
 
 _OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
