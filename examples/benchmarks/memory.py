@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--edges", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--draws", type=int, default=16, help="draws of the rounding noise")
+    parser.add_argument("--draws", type=int, default=8, help="draws of the rounding noise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="where to write the rows")

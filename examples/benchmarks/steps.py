@@ -232,7 +232,6 @@ def kgat_package(graph: Graph, dim: int, layers: int) -> Step:
         num_relations=graph.num_relations,
     )
     model.set_graph(data)
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # there is no Trainer
     user, positive, negative = graph.triples
     batch = BPRBatch(user % users, positive % items, negative % items)
     return Step(model, lambda: model.training_step(batch, 0))  # type: ignore[arg-type, return-value]
