@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,6 +31,9 @@ from lightning_tinykg.codecs.lossless import (
     encode_two_levels,
 )
 from lightning_tinykg.codecs.noise import make_key
+
+_DYING = 4
+"""Ops within which a node that only gave an index has died."""
 
 _MAX_DEPTH = 4
 """Ops in a row that are run again at the most."""
@@ -61,15 +66,33 @@ class Keeper:
         self._recipes = RecipeBook(min_bytes)
         self._ingredients: dict[int, list[Record]] = {}
         self._referenced: set[int] = set()
+        self._recent: deque[tuple[int, weakref.ref[Saved], Entry]] = deque()
+        self._ops = 0
 
     # -- what the forward does ----------------------------------------------------------------------------------
 
     def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op is about to run: if it writes in place what something is to be made from again, copy that first."""
+        if self._recent:
+            self._forget_dead(func)
         if self._ingredients:
             for tensor in tensors_in(_written(func, args, kwargs)):
                 if is_plain(tensor) and storage_id(tensor) in self._ingredients:
                     self._copy_ingredients(storage_id(tensor))
+
+    def _forget_dead(self, func: Any) -> None:
+        """Strike off what a node saved that died at once: that of a ``topk`` of which only the indices are used."""
+        self._ops += 1
+        if func is Tensor.backward:  # from here on, nodes die because they have done their work
+            self._recent.clear()
+        for _ in range(len(self._recent)):
+            noted, saved, entry = self._recent.popleft()
+            if saved() is None:
+                entry.raw_bytes = entry.stored_bytes = 0
+                self._records = {key: record for key, record in self._records.items() if record.entry is not entry}
+                self._storages = {key: value for key, value in self._storages.items() if value[1] is not entry}
+            elif self._ops - noted < _DYING:
+                self._recent.append((noted, saved, entry))
 
     def _copy_ingredients(self, storage: int) -> None:
         for record in self._ingredients.pop(storage):
@@ -127,6 +150,7 @@ class Keeper:
             entry.codec = "held"
         else:
             self._charge(tensor, entry)
+            self._recent.append((self._ops, weakref.ref(saved), entry))
             if saved.exact:
                 kept = self._choose(tensor, EXACT, entry, op)
             elif self._by_rules:

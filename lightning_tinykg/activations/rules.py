@@ -15,6 +15,10 @@ a ``Side``    asks on which side of a threshold an element lies       1 bit     
 ``EXACT``     compares it, divides by it, or needs it as it is        the elements               exact
 ============  ======================================================  =========================  ==================
 
+"Unbiased" is said of one op. A tensor that several ops save is rounded once, for all of them; where two of them lie on
+one path of the gradient and multiply element by element, as in ``a * (a * h)``, the square of the rounded value is what
+comes through, which exceeds the square by the variance of the rounding.
+
 A node that is not in the table is kept exactly if it is one of PyTorch's own, and is ``SMOOTH`` if it is a custom
 function or a compiled graph, of which nothing can be known. Integers and bools are kept without loss, always.
 """

@@ -1,0 +1,134 @@
+"""``modules=``: where to compress."""
+
+from typing import Any
+
+import pytest
+import torch
+from comparing import weighted
+from torch import Tensor, nn
+
+from lightning_tinykg import Ledger, compress_activations
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+        self.act = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.linear(x))
+
+
+class Special(Block):
+    pass
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block(), Special()])
+        self.head = nn.Sequential(nn.Linear(32, 32), nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).exp()
+
+
+INNER = {"layers.0.act", "layers.1.act", "layers.2.act", "head.1"}
+ALL = INNER | {"Model"}
+
+
+def run(modules: Any, root: bool = False) -> tuple[Ledger, Model]:
+    torch.manual_seed(0)
+    model = Model()
+    x = torch.randn(100, 32)
+    options = {"root": model} if root else {}
+    with compress_activations(bits=8, min_bytes=0, modules=modules, **options) as ledger:
+        loss = weighted(model(x))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    return ledger, model
+
+
+def compressed_modules(ledger: Ledger) -> set[str]:
+    """Where something of the activations' own (not a weight, not the batch) is kept in a code."""
+    return {entry.module for entry in ledger if entry.codec.startswith("int")} & ALL
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (None, ALL),
+        ([], ALL),
+        (["layers.0"], {"layers.0.act"}),
+        (["layers.0.act"], {"layers.0.act"}),
+        (["layers.*"], {"layers.0.act", "layers.1.act", "layers.2.act"}),
+        (["layers.[01]"], {"layers.0.act", "layers.1.act"}),
+        (["*.act"], {"layers.0.act", "layers.1.act", "layers.2.act"}),
+        (["Tanh"], {"layers.0.act", "layers.1.act", "layers.2.act"}),
+        ([nn.GELU], {"head.1"}),
+        ([Block], {"layers.0.act", "layers.1.act", "layers.2.act"}),
+        (["Block"], {"layers.0.act", "layers.1.act"}),
+        ([Special, "head"], {"layers.2.act", "head.1"}),
+        (["Model"], ALL),
+        (["!layers.1"], ALL - {"layers.1.act"}),
+        (["!layers.*"], {"head.1", "Model"}),
+        (["!Tanh"], {"head.1", "Model"}),
+        (["!Special", "!head"], {"layers.0.act", "layers.1.act", "Model"}),
+        (["layers.*", "!layers.1"], {"layers.0.act", "layers.2.act"}),
+        (["layers.*", "!layers.1", "layers.1.act"], {"layers.0.act", "layers.2.act"}),
+        (["!Model"], set()),
+        (["nothing.*"], set()),
+    ],
+)
+@pytest.mark.parametrize("root", [True, False])
+def test_where_to_compress(modules: Any, expected: set[str], root: bool) -> None:
+    ledger, _ = run(modules, root)
+    assert compressed_modules(ledger) == expected
+
+
+def test_what_is_excluded_is_exact() -> None:
+    _, plain = run(["!Model"])
+    want = [p.grad for p in plain.parameters()]
+    torch.manual_seed(0)
+    model = Model()
+    weighted(model(torch.randn(100, 32))).backward()
+    for a, b in zip(want, model.parameters(), strict=True):
+        assert torch.equal(a, b.grad)
+
+
+def test_changing_what_is_excluded_raises() -> None:
+    """It is kept by reference, so autograd's own check has to be made up for."""
+    layers = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+    with compress_activations(bits=2, min_bytes=0, modules=["!1"]):
+        result = layers(torch.randn(10, 32))
+    result.detach().zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+def test_a_root_of_the_users_own_gives_the_paths() -> None:
+    """What is called is a part; the paths start from the whole."""
+    whole = nn.ModuleDict({"model": Model()})
+    batch = torch.randn(100, 32)
+    with compress_activations(bits=8, min_bytes=0, modules=["model.layers.0"], root=whole) as ledger:
+        loss = whole["model"](batch).sum()
+    loss.backward()
+    assert {e.module for e in ledger if e.codec.startswith("int")} == {"model.layers.0.act"}
+    assert "model.head.1" in {entry.module for entry in ledger}
+
+
+def test_outside_of_any_module() -> None:
+    x = torch.randn(64, 64, requires_grad=True)
+
+    def saved(modules: Any) -> list[str]:
+        with compress_activations(bits=2, modules=modules) as ledger:
+            loss = (x.cumsum(0) ** 2).sum()
+        loss.backward()
+        return [entry.codec for entry in ledger]
+
+    assert saved(None) == ["int2"]
+    assert saved(["!head"]) == ["int2"]
+    assert not saved(["head"])[0].startswith("int")
