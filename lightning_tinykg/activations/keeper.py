@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_tinykg.activations.books import Books
 from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Reference, Remade, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
@@ -31,9 +29,6 @@ from lightning_tinykg.codecs.lossless import (
     encode_two_levels,
 )
 from lightning_tinykg.codecs.noise import make_key
-
-_DYING = 4
-"""Ops within which a node that only gave an index has died."""
 
 _MAX_DEPTH = 4
 """Ops in a row that are run again at the most."""
@@ -59,46 +54,26 @@ class Keeper:
         self._min_bytes = min_bytes
         self._by_rules = by_rules
         self._key = key
-        self._ledger = ledger
+        self._books = Books(ledger)
         self._draws = 0
-        self._records: dict[tuple[Any, ...], Record] = {}
-        self._storages: dict[int, tuple[StorageWeakRef, Entry]] = {}
         self._recipes = RecipeBook(min_bytes)
         self._ingredients: dict[int, list[Record]] = {}
-        self._referenced: set[int] = set()
-        self._recent: deque[tuple[int, weakref.ref[Saved], Entry]] = deque()
-        self._ops = 0
 
     # -- what the forward does ----------------------------------------------------------------------------------
 
     def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op is about to run: if it writes in place what something is to be made from again, copy that first."""
-        if self._recent:
-            self._forget_dead(func)
+        self._books.next_op(func)
         if self._ingredients:
             for tensor in tensors_in(_written(func, args, kwargs)):
                 if is_plain(tensor) and storage_id(tensor) in self._ingredients:
                     self._copy_ingredients(storage_id(tensor))
 
-    def _forget_dead(self, func: Any) -> None:
-        """Strike off what a node saved that died at once: that of a ``topk`` of which only the indices are used."""
-        self._ops += 1
-        if func is Tensor.backward:  # from here on, nodes die because they have done their work
-            self._recent.clear()
-        for _ in range(len(self._recent)):
-            noted, saved, entry = self._recent.popleft()
-            if saved() is None:
-                entry.raw_bytes = entry.stored_bytes = 0
-                self._records = {key: record for key, record in self._records.items() if record.entry is not entry}
-                self._storages = {key: value for key, value in self._storages.items() if value[1] is not entry}
-            elif self._ops - noted < _DYING:
-                self._recent.append((noted, saved, entry))
-
     def _copy_ingredients(self, storage: int) -> None:
         for record in self._ingredients.pop(storage):
             if record.reference is not None:
                 run = record.reference.restore()
-                entry = self._enter("", "changed in place", "exact", run)
+                entry = self._books.enter("", "changed in place", "exact", run)
                 with torch.no_grad():
                     record.value, record.reference = RawCode(run.reshape(-1).clone()), None
                 entry.stored_bytes, record.entry = record.value.nbytes, entry
@@ -112,20 +87,8 @@ class Keeper:
     def finish(self) -> None:
         """The forward is over: leave out of the count what the user still holds, and let go of everything."""
         self._recipes.clear()
-        references: dict[int, list[Entry]] = {}
-        for key, record in self._records.items():
-            if record.reference is not None and record.entry is not None:
-                references.setdefault(key[0], []).append(record.entry)
-        for storage, (weak, entry) in self._storages.items():
-            ours = references.get(storage, [])
-            # besides our references, the storage's Python object counts
-            if not weak.expired() and torch._C._storage_Use_Count(storage) > len(ours) + 1:
-                entry.raw_bytes = 0
-                for reference in ours:
-                    reference.stored_bytes = 0
-        self._records.clear()
         self._ingredients.clear()
-        self._storages.clear()
+        self._books.close()
 
     # -- what is kept -------------------------------------------------------------------------------------------
 
@@ -141,7 +104,7 @@ class Keeper:
         """
         tensor = saved.raw()
         where = f"{node_name(node)}.{attribute}" if node is not None else "unknown"
-        entry = self._enter(saved.module, where, "reference", tensor)
+        entry = self._books.enter(saved.module, where, "reference", tensor)
         if not is_plain(tensor) or tensor._version != saved.version:
             # what was changed within its op raises when it is unpacked, as autograd would
             saved.fill(Reference(tensor.detach(), saved.version, where))
@@ -149,8 +112,8 @@ class Keeper:
             saved.fill(Reference(tensor.detach(), saved.version, where))
             entry.codec = "held"
         else:
-            self._charge(tensor, entry)
-            self._recent.append((self._ops, weakref.ref(saved), entry))
+            self._books.charge(saved, tensor, entry)
+            self._widths.charge(entry.raw_bytes)
             if saved.exact:
                 kept = self._choose(tensor, EXACT, entry, op)
             elif self._by_rules:
@@ -193,7 +156,7 @@ class Keeper:
     def _value(self, tensor: Tensor, least: int, entry: Entry) -> Coded:
         """The values, in at least ``least`` bits, shared with every other save of the same elements."""
         layout = Layout.of(tensor)
-        record = self._record(tensor, layout)
+        record = self._books.record(tensor, layout)
         run = layout.run(tensor)
         bits = self._widths.better(layout, tensor.itemsize, least)
         if record.bits < bits:
@@ -211,7 +174,7 @@ class Keeper:
                     self._widths.spend(layout, bits, least)
             else:
                 record.reference, record.bits = Reference.to(run.detach(), entry.op), 32
-                entry.stored_bytes = self._reference_bytes(tensor)
+                entry.stored_bytes = self._books.reference_bytes(tensor)
             record.entry = entry
         entry.codec = "exact" if record.value is None else record.value.name
         return Coded(record, layout)
@@ -231,7 +194,7 @@ class Keeper:
 
     def _levels(self, tensor: Tensor, layout: Layout, key: Any, encode: Callable[[Tensor], Code], entry: Entry) -> Kept:
         """A side or a sign of each element, shared with every save that asks the same."""
-        record = self._record(tensor, layout)
+        record = self._books.record(tensor, layout)
         if record.reference is not None:
             return self._value(tensor, 32, entry)
         if key not in record.levels:
@@ -267,7 +230,7 @@ class Keeper:
         least = least if ingredient.floating else 32
         record = self._kept_record(ingredient, least)
         if tensor is not None and self._is_free(ingredient, tensor):
-            record = self._record(tensor, layout)
+            record = self._books.record(tensor, layout)
             if record.bits < 32:
                 record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
         else:
@@ -278,7 +241,7 @@ class Keeper:
             wanted = 0 if tensor is None else self._widths.better(layout, tensor.itemsize, least)
             if tensor is not None and (record is None or record.bits < wanted):
                 name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
-                record = self._value(tensor, least, self._enter(entry.module, name, "", tensor)).record
+                record = self._value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record
         assert record is not None  # else its recipe would have been cheaper
         if record.reference is not None:
             self._ingredients.setdefault(ingredient.storage.cdata, []).append(record)
@@ -307,8 +270,7 @@ class Keeper:
 
     def _kept_record(self, ingredient: Ingredient, least: int) -> Record | None:
         """The record of an ingredient, if it is kept well enough already."""
-        key = _record_key(ingredient.storage.cdata, ingredient.layout, ingredient.dtype, ingredient.version)
-        record = self._records.get(key)
+        record = self._books.find(ingredient.storage.cdata, ingredient.layout, ingredient.dtype, ingredient.version)
         return record if record is not None and record.bits >= least else None
 
     def _own_cost(self, tensor: Tensor, rule: Rule, least: int) -> int:
@@ -341,43 +303,9 @@ class Keeper:
         entry.codec, entry.stored_bytes = code.name, code.nbytes
         return Levels(code, layout)
 
-    # -- the books ----------------------------------------------------------------------------------------------
-
-    def _enter(self, module: str, op: str, codec: str, tensor: Tensor) -> Entry:
-        entry = Entry(module, op, codec, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        self._ledger.entries.append(entry)
-        return entry
-
-    def _charge(self, tensor: Tensor, entry: Entry) -> None:
-        """Charge a storage's bytes to the first save that keeps it alive."""
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
-            self._storages[storage._cdata] = (StorageWeakRef(storage), entry)
-            entry.raw_bytes = storage.nbytes()
-            self._widths.charge(entry.raw_bytes)
-
-    def _reference_bytes(self, tensor: Tensor) -> int:
-        """The bytes a further reference keeps alive: the whole storage, unless another reference does already."""
-        storage = storage_id(tensor)
-        if storage in self._referenced:
-            return 0
-        self._referenced.add(storage)
-        return tensor.untyped_storage().nbytes()
-
-    def _record(self, tensor: Tensor, layout: Layout) -> Record:
-        key = _record_key(storage_id(tensor), layout, tensor.dtype, tensor._version)
-        if key not in self._records:
-            self._records[key] = Record(StorageWeakRef(tensor.untyped_storage()))
-        return self._records[key]
-
     def _next_key(self) -> int:
         self._draws += 1
         return make_key(self._key, self._draws)
-
-
-def _record_key(storage: int, layout: Layout, dtype: torch.dtype, version: int) -> tuple[Any, ...]:
-    geometry = () if layout.dense else (layout.shape, layout.stride)
-    return (storage, layout.offset, layout.numel, dtype, version, geometry)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
