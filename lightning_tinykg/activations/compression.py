@@ -148,6 +148,8 @@ class _Observer(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # an op of a graph that is being traced runs, and saves, later
+            return func(*args, **kwargs)
         if self._pending:  # saved by something that is no op: a custom function, a compiled graph
             self._claim(tensors_in((args, kwargs)), None, "")
         self._keeper.before(func, args, kwargs)
@@ -262,6 +264,8 @@ class _ModuleTracker:
             hook.remove()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling():
+            return
         if not self._stack:
             self._keeper.provenance.hold(tensors_in(args))
             if id(module) not in self._names:
@@ -277,7 +281,7 @@ class _ModuleTracker:
         return True if any(_matches(module, path, pattern) for pattern in self._include) else decided
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._stack:
+        if self._stack and not torch.compiler.is_compiling():
             self._stack.pop()
 
 
