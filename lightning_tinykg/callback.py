@@ -101,6 +101,7 @@ class TinyKGCallback(Callback):
         self.ledger = self.largest = None
         self._compression.root = pl_module
         self._compression.rank = trainer.global_rank
+        # an attribute of the instance hides the class's method until it is deleted: what mypy can't know is the point
         strategy.training_step = partial(_compressed_step, self, strategy.training_step)  # type: ignore[method-assign]
 
     @override

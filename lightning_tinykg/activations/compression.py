@@ -204,7 +204,7 @@ def _named_saves(roots: Iterable[Tensor], floor: int) -> Iterator[tuple[Saved, A
     seen = set()
     while stack:
         node = stack.pop()
-        if node in seen or node._sequence_nr() < floor:  # type: ignore[attr-defined, unused-ignore]
+        if node in seen or node._sequence_nr() < floor:
             continue
         seen.add(node)
         for name, attribute in _raw_attributes(type(node)):

@@ -82,7 +82,7 @@ def _save(path: Path, key: str, files: KGRecFiles) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **{**files.arrays(), "key": np.array(key)})  # type: ignore[arg-type]
+            np.savez(file, **{**files.arrays(), "key": np.array(key)})  # type: ignore[arg-type]  # numpy types savez for one array
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

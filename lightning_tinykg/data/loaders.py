@@ -62,7 +62,7 @@ class ShardedBatches(DistributedSampler[Step]):
     def __init__(self, num_rows: int, *, batch_size: int, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        super().__init__(range(num_rows), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        super().__init__(range(num_rows), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]  # only len is asked
         self.num_rows = num_rows
         self.batch_size = batch_size
         self._resume = (-1, 0)
@@ -110,7 +110,7 @@ class ResumableLoader(DataLoader[T]):
 
     _place = (0, 0)
 
-    def __iter__(self) -> Iterator[T]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[T]:  # type: ignore[override]  # items, not torch's iterator class
         # A generator starts with its first next(), after Lightning has set the epoch, so that workers do not run ahead.
         sampler = self.sampler
         sharded = isinstance(sampler, ShardedBatches)

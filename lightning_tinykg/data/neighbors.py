@@ -31,7 +31,7 @@ def require_neighbor_sampler() -> None:
         )
 
 
-class _UserNegatives(NegativeSampling):  # type: ignore[misc]
+class _UserNegatives(NegativeSampling):  # type: ignore[misc]  # PyG is untyped here
     """Triplet negatives for the users of the batch at hand, instead of PyG's, which may be positives and no items."""
 
     def __init__(self, sampler: NegativeSampler) -> None:
@@ -46,7 +46,7 @@ class _UserNegatives(NegativeSampling):  # type: ignore[misc]
         return torch.from_numpy(self.sampler.sample(self.users, self.rng))
 
 
-class _SeededLinkNeighborLoader(LinkNeighborLoader):  # type: ignore[misc]
+class _SeededLinkNeighborLoader(LinkNeighborLoader):  # type: ignore[misc]  # PyG is untyped here
     """Draws negatives and neighbours of a batch as a function of the seed and the batch, off the global RNG."""
 
     def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
@@ -104,7 +104,7 @@ def neighbor_loader(
     )
     # Lightning knows this sampler: it is not replaced, and its epoch is set.
     order: DistributedSampler[int] = DistributedSampler(
-        range(pairs.shape[1]),  # type: ignore[arg-type]
+        range(pairs.shape[1]),  # type: ignore[arg-type]  # only its length is asked for
         num_replicas=num_replicas,
         rank=rank,
         shuffle=True,
