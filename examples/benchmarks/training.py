@@ -3,8 +3,8 @@
     python examples/benchmarks/training.py --data PATH/TO/music --epochs 0 8 16
     python examples/benchmarks/training.py --data synthetic --attention in-graph
 
-KGAT trains uncompressed; after each of the given numbers of epochs the gradients of a BPR batch and of a TransR batch, the
-first of the epoch, are taken exactly and compressed, over a few draws of noise, with the rules and by the paper's recipe.
+KGAT trains uncompressed; after each of the given numbers of epochs the gradients of the epoch's first BPR batch and first
+TransR batch are taken exactly and compressed, over a few draws of noise, with the rules and by the paper's recipe.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
         for batch in data.train_dataloader():
             first.setdefault(type(batch).__name__, batch)
         for kind, batch in first.items():
-            step = Step(model, partial(model.training_step, batch, 0))  # type: ignore[arg-type]  # a loss, not any output
+            step = Step(model, partial(model.training_step, batch, 0))  # type: ignore[arg-type]
             exact, _ = step.gradient()
             for bits in args.bits:
                 cells = []
