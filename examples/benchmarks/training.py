@@ -3,8 +3,8 @@
     python examples/benchmarks/training.py --data PATH/TO/music --epochs 0 8 16
     python examples/benchmarks/training.py --data synthetic --attention in-graph
 
-KGAT trains uncompressed; after each of the given numbers of epochs the gradients of the epoch's first BPR batch and
-first TransR batch are taken exactly and compressed, over a few draws of noise, with the rules and by the paper's recipe.
+KGAT trains uncompressed. After each of the given numbers of epochs the gradients of the epoch's first BPR batch and of
+its first TransR batch are taken exactly and compressed, over a few draws of noise: by the rules, by the paper.
 """
 
 from __future__ import annotations
