@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_tinykg.activations import Ledger, compress_activations
 from lightning_tinykg.activations.ledger import MIB
+from lightning_tinykg.activations.modules import check_modules
 
 
 class TinyKGCallback(Callback):
@@ -80,6 +81,7 @@ class TinyKGCallback(Callback):
         self._compression = compress_activations(
             bits, group_size=group_size, seed=seed, min_bytes=min_bytes, recipe=recipe, modules=modules
         )
+        self._begun: int | None = None  # the noise's step at which the batch began that is being trained on
 
     @property
     def bits(self) -> int:
@@ -91,18 +93,34 @@ class TinyKGCallback(Callback):
         """Wrap the strategy's training step.
 
         Raises:
+            TypeError: if the Trainer is that of the ``pytorch_lightning`` package.
             RuntimeError: if another ``TinyKGCallback`` has wrapped it already.
         """
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"TinyKGCallback is a callback of lightning.pytorch.Trainer, got a {type(trainer).__module__}.Trainer: "
+                "write `from lightning.pytorch import Trainer, LightningModule` instead of importing from "
+                f"{type(trainer).__module__.partition('.')[0]}"
+            )
         if stage != "fit":
             return
         strategy = trainer.strategy
         if _is_ours(strategy.__dict__.get("training_step")):
             raise RuntimeError("a Trainer takes one TinyKGCallback, got two: put their settings into one")
-        self.ledger = self.largest = None
+        self.ledger = self.largest = self._begun = None
         self._compression.root = pl_module
         self._compression.rank = trainer.global_rank
         # an attribute of the instance hides the class's method until it is deleted: what mypy can't know is the point
         strategy.training_step = partial(_compressed_step, self, strategy.training_step)  # type: ignore[method-assign]
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse ``modules`` that the module, now complete, has none of.
+
+        Raises:
+            ValueError: if one of them matches no module.
+        """
+        check_modules(self._compression.modules or (), pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,8 +130,13 @@ class TinyKGCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the wrapper off: after an exception there is no teardown."""
+        """Take the wrapper off: after an exception there is no teardown.
+
+        A batch that was begun will be begun again by who resumes from here, and then with the same noise.
+        """
         self._unwrap(trainer)
+        if self._begun is not None:
+            self._compression.step, self._begun = self._begun, None
 
     def _unwrap(self, trainer: Trainer) -> None:
         strategy = trainer.strategy
@@ -125,10 +148,16 @@ class TinyKGCallback(Callback):
         self._compression.root = None
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the step of the noise, in case that the batch is not finished."""
+        self._begun = self._compression.step
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what the step kept."""
+        self._begun = None
         if self.ledger is None:
             return
         if self.largest is None or self.ledger.raw_bytes > self.largest.raw_bytes:
@@ -156,12 +185,12 @@ class TinyKGCallback(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The step counter, from which the noise is made: a resumed run draws on where it stopped."""
-        return {"step": self._compression.step}
+        return self._compression.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self._compression.step = state_dict["step"]
+        self._compression.load_state_dict(state_dict)
 
 
 def _is_ours(step: Any) -> TypeGuard[partial[Any]]:

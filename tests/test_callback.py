@@ -1,5 +1,6 @@
 """``TinyKGCallback`` in a Trainer: what it measures, what it leaves alone, and that it takes itself off again."""
 
+import contextlib
 import copy
 import csv
 import functools
@@ -15,15 +16,22 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    WeightAveraging,
+)
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
+from lightning_utilities.core import rank_zero
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_tinykg import KGAT, KGRecDataModule, Ledger, TinyKGCallback
+from lightning_tinykg import KGAT, KGRecDataModule, Ledger, TinyKGCallback, keep_exact
 from lightning_tinykg.activations.keeping import Saved
 
 METRICS = {"tinykg/bits", "tinykg/raw_mib", "tinykg/stored_mib", "tinykg/ratio"}
@@ -712,6 +720,85 @@ def test_second_fit_of_a_changed_module_names_its_parts() -> None:
     assert {entry.module for entry in callback.ledger} >= {"head.0", "head.1"}
 
 
+# -- where it does not work -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_the_other_package_of_the_same_trainer_is_refused(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``pytorch_lightning.Trainer`` takes any callback; this one says at the first occasion what to write."""
+    monkeypatch.setattr(rank_zero, "log", rank_zero.log)  # which the import makes its own
+    other = pytest.importorskip("pytorch_lightning")
+    from pytorch_lightning.demos.boring_classes import BoringModel as OtherModel
+
+    trainer = other.Trainer(
+        accelerator="cpu", callbacks=[tiny()], fast_dev_run=True, enable_progress_bar=False, enable_model_summary=False
+    )
+    message = (
+        r"TinyKGCallback is a callback of lightning\.pytorch\.Trainer, got a pytorch_lightning\..*: write `from light"
+    )
+    with pytest.raises(TypeError, match=message):
+        getattr(trainer, stage)(OtherModel())
+    assert not is_hooked()
+    assert "training_step" not in trainer.strategy.__dict__
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_modules_that_match_nothing_are_refused(lazy: bool) -> None:
+    """Before any step, and once the module is complete."""
+
+    class Lazy(Small):
+        def configure_model(self) -> None:
+            if lazy and not hasattr(self, "late"):
+                self.late = nn.Linear(4, 4)
+
+    model = Lazy()
+    trainer = make_trainer(tiny(modules=["boby.*"]))
+    with pytest.raises(ValueError, match=r"modules: 'boby\.\*' matches no module of Lazy; the nearest: 'body\.\d'"):
+        trainer.fit(model)
+    assert not model.hooked
+    assert_clean(trainer)
+    trainer = make_trainer(tiny(modules=["body.*", "!late"]), max_steps=1)
+    if lazy:
+        trainer.fit(model)
+    else:
+        with pytest.raises(ValueError, match="'!late' matches no module"):
+            trainer.fit(model)
+    assert_clean(trainer)
+
+
+def test_advice_reaches_the_user_of_torch_func() -> None:
+    class Penalized(Small):
+        region: Any = contextlib.nullcontext
+
+        def loss(self, batch: Any) -> Tensor:
+            loss = super().loss(batch)
+            with self.region():
+                return loss + torch.func.grad(lambda x: self.head(x).square().sum())(torch.ones(64)).square().mean()
+
+    trainer = make_trainer(tiny())
+    with pytest.raises(RuntimeError, match=r"keep_exact\(hooks=False\)"):
+        trainer.fit(Penalized())
+    assert_clean(trainer)
+    plain, model = Penalized(), Penalized()
+    model.region = functools.partial(keep_exact, hooks=False)
+    fit(plain)
+    assert_clean(fit(model, tiny(bits=32)))
+    assert same(weights(model), weights(plain))
+
+
+def test_a_region_of_a_lightning_module() -> None:
+    class Partly(Small):
+        @keep_exact()
+        def loss(self, batch: Any) -> Tensor:
+            return super().loss(batch)
+
+    plain, model = Partly(), Partly()
+    fit(plain)  # and without the callback it does nothing
+    fit(model, tiny(modules=["Partly"]))
+    assert all(model.hooked)
+    assert same(weights(model), weights(plain))
+
+
 # -- repeating ------------------------------------------------------------------------------------------------------
 
 
@@ -771,6 +858,66 @@ def test_a_resumed_fit_repeats_the_uninterrupted_one(tmp_path: Path, epochs: dic
             return "TinyKGCallback"
 
     assert not same(weights(resume(Forgetful(bits=2, summary=False))), weights(whole))
+
+
+@pytest.mark.parametrize(
+    "where", ["training_step", "on_before_backward", "on_after_backward", "on_before_optimizer_step"]
+)
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(ValueError("boom"), ValueError), (KeyboardInterrupt(), SystemExit)],
+    ids=["error", "interrupt"],
+)
+def test_an_interrupted_fit_resumes_where_it_was(
+    tmp_path: Path, where: str, error: BaseException, raised: type[BaseException]
+) -> None:
+    """Wherever in a batch it ends: the batch is begun again, with the noise that it would have had."""
+
+    class Interrupted(Seeded):
+        """Its batch is a function of the step: Lightning goes on behind the batch at which it was interrupted."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.error: BaseException | None = None
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            rows = slice(64 * self.global_step, 64 * (self.global_step + 1))
+            loss = super().training_step([part[rows] for part in examples().tensors], batch_idx)
+            if where == "training_step":
+                self.fail()
+            return loss
+
+        def fail(self, *args: Any) -> None:
+            if self.error is not None and self.trainer.global_step == 2:
+                raise self.error
+
+    whole, failing, resumed = Interrupted(), Interrupted(), Interrupted()
+    fit(whole, tiny())
+    failing.error = error
+    if where != "training_step":
+        setattr(failing, where, failing.fail)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(raised):
+            fit(failing, OnExceptionCheckpoint(tmp_path), tiny(), enable_checkpointing=True)
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning switches it off when it is interrupted
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert saved["global_step"] == saved["callbacks"]["TinyKGCallback"]["step"] == 2
+    fit(resumed, tiny(), ckpt_path=tmp_path / "on_exception.ckpt", max_steps=4, max_epochs=2)
+    assert same(resumed.losses, whole.losses[2:])
+    assert same(weights(resumed), weights(whole))
+
+
+def test_a_failure_between_batches_counts_what_was_done() -> None:
+    callback = tiny()
+    trainer = make_trainer(callback, Raising("on_validation_start"), limit_val_batches=1, num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match="boom"):
+        trainer.fit(Evaluating())
+    assert callback.state_dict() == {"step": 4}
 
 
 def test_checkpoint_holds_plain_primitives(tmp_path: Path) -> None:

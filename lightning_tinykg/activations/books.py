@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from collections import Counter, deque
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_tinykg.activations import changes
 from lightning_tinykg.activations.keeping import Record, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.storages import Layout, storage_id
+from lightning_tinykg.codecs.lossless import RawCode
 
 _DYING = 4
 """Ops within which a node that only gave an index has died."""
@@ -27,9 +30,10 @@ class Books:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._records: dict[tuple[Any, ...], Record] = {}
+        # weak: what no save holds any more, after a backward within the context, nobody asks for
+        self._records: WeakValueDictionary[tuple[Any, ...], Record] = WeakValueDictionary()
+        self._references: dict[int, list[Entry]] = {}
         self._storages: dict[int, tuple[StorageWeakRef, Entry]] = {}
-        self._referenced: set[int] = set()
         self._recent: deque[tuple[int, weakref.ref[Saved], Entry]] = deque()
         self._ops = 0
 
@@ -47,20 +51,19 @@ class Books:
             self._storages[storage._cdata] = (StorageWeakRef(storage), entry)
             entry.raw_bytes = storage.nbytes()
 
-    def reference_bytes(self, tensor: Tensor) -> int:
-        """The bytes a further reference keeps alive: the whole storage, unless another reference does already."""
-        storage = storage_id(tensor)
-        if storage in self._referenced:
-            return 0
-        self._referenced.add(storage)
-        return tensor.untyped_storage().nbytes()
+    def refer(self, tensor: Tensor, entry: Entry) -> None:
+        """Charge a reference for what it keeps alive: the whole storage, unless another reference does already."""
+        references = self._references.setdefault(storage_id(tensor), [])
+        entry.stored_bytes = 0 if references else tensor.untyped_storage().nbytes()
+        references.append(entry)
 
     def record(self, tensor: Tensor, layout: Layout) -> Record:
         """The record of a tensor's elements, a new one if there is none."""
         key = _key(storage_id(tensor), layout, tensor.dtype, tensor._version)
-        if key not in self._records:
-            self._records[key] = Record(StorageWeakRef(tensor.untyped_storage()))
-        return self._records[key]
+        record = self._records.get(key)
+        if record is None:
+            record = self._records[key] = Record(StorageWeakRef(tensor.untyped_storage()))
+        return record
 
     def find(self, storage: int, layout: Layout, dtype: torch.dtype, version: int) -> Record | None:
         """The record of such elements, if there is one."""
@@ -82,27 +85,46 @@ class Books:
                 self._recent.append((noted, saved, entry))
 
     def _strike(self, entry: Entry) -> None:
-        entry.raw_bytes = entry.stored_bytes = 0
+        for storage, references in list(self._references.items()):
+            others = [reference for reference in references if reference is not entry]
+            if len(others) == len(references):
+                continue
+            if others:
+                others[0].stored_bytes += entry.stored_bytes
+                self._references[storage] = others
+            else:
+                del self._references[storage]
         for key in [key for key, record in self._records.items() if record.entry is entry]:
-            if self._records.pop(key).reference is not None:
-                self._referenced.discard(key[0])
+            del self._records[key]
         for storage in [storage for storage, (_, payer) in self._storages.items() if payer is entry]:
             del self._storages[storage]
+        entry.raw_bytes = entry.stored_bytes = 0
+
+    def lend(self, record: Record) -> None:
+        """Something is to be made again from a record that refers to a tensor: it has to be told of changes."""
+        changes.LENT[record] = self
+
+    def copy(self, record: Record) -> None:
+        """Give a record its own copy of what it refers to, which is about to be changed."""
+        if record.reference is None:
+            return
+        run = record.reference.restore()
+        entry = self.enter("", "changed in place", "exact", run)
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            record.value, record.reference = RawCode(run.reshape(-1).clone()), None
+        entry.stored_bytes, record.entry = record.value.nbytes, entry
 
     def close(self) -> None:
         """The forward is over: leave out what the user still holds, and let go of everything."""
-        references: dict[int, list[Entry]] = {}
-        for key, record in self._records.items():
-            if record.reference is not None and record.entry is not None:
-                references.setdefault(key[0], []).append(record.entry)
+        alive = Counter(key[0] for key, record in self._records.items() if record.reference is not None)
         for storage, (weak, entry) in self._storages.items():
-            ours = references.get(storage, [])
             # besides our references, the storage's Python object counts
-            if not weak.expired() and torch._C._storage_Use_Count(storage) > len(ours) + 1:
+            if not weak.expired() and torch._C._storage_Use_Count(storage) > alive[storage] + 1:
                 entry.raw_bytes = 0
-                for reference in ours:
+                for reference in self._references.get(storage, ()):
                     reference.stored_bytes = 0
         self._records.clear()
+        self._references.clear()
         self._storages.clear()
 
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from fnmatch import fnmatchcase
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
+from torch import distributed, nn
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
 from lightning_tinykg.activations.keeper import Keeper
 from lightning_tinykg.activations.keeping import Saved
 from lightning_tinykg.activations.ledger import Ledger
-from lightning_tinykg.activations.storages import tensors_in
+from lightning_tinykg.activations.modules import ModuleTracker, Pattern, check_modules, unmatched
+from lightning_tinykg.activations.observer import THREAD, Observer, Thread
+from lightning_tinykg.bits.schedule import check_bits
 from lightning_tinykg.codecs.noise import make_key
-
-WIDTHS = (1, 2, 4, 8, 32)
-"""What ``bits`` can be; 32 is the exact mode."""
 
 RECIPES = ("rules", "paper")
 
-_PATIENCE = 8  # ops after which a save that no op has claimed is taken for unknown
+_ADVICE = (
+    "compress_activations works by saved-tensor hooks. torch.func.grad, vjp, jacrev and hessian, and "
+    "disable_saved_tensors_hooks, run only where there are none. Put that part within "
+    "`with lightning_tinykg.keep_exact(hooks=False):`, or use torch.autograd.grad, which is compressed like the rest."
+)
 
 
 class compress_activations:
@@ -36,7 +38,11 @@ class compress_activations:
     than rounded values, it gets it. Backward runs anywhere, inside the context or after it, any number of times.
 
     The context can be entered again and again, and draws fresh noise each time: in a loop, make it once and enter it
-    each step (or pass ``seed=step``).
+    each step (or pass ``seed=step``). Save its :meth:`state_dict` with the model's, and a resumed loop draws the noise
+    that an uninterrupted one would have. The ranks of a process group draw different noise.
+
+    It is entered for the thread that enters it. Contexts nest, the innermost decides, and :func:`keep_exact` opts a
+    region out.
 
     Args:
         bits: width of what is rounded: 1, 2, 4 or 8; 32 is the exact mode, where only lossless forms are used and
@@ -50,7 +56,8 @@ class compress_activations:
         root: the module that paths start from. None: the outermost module called.
 
     Raises:
-        ValueError: if an argument has a value it can't have.
+        ValueError: if an argument has a value it can't have, or ``modules`` names none of ``root``'s.
+        RuntimeError: on entry, where saved-tensor hooks are switched off: within ``torch.func.grad``, for one.
 
     Example:
         >>> import torch
@@ -72,11 +79,10 @@ class compress_activations:
         seed: int = 0,
         min_bytes: int = 1024,
         recipe: str = "rules",
-        modules: Sequence[str | type[nn.Module]] | None = None,
+        modules: Sequence[Pattern] | None = None,
         root: nn.Module | None = None,
     ) -> None:
-        if bits not in WIDTHS or isinstance(bits, bool):
-            raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}, got {bits!r}")
+        check_bits(bits)
         if group_size is not None and group_size < 1:
             raise ValueError(f"group_size must be at least 1, or None, got {group_size}")
         if min_bytes < 0:
@@ -90,207 +96,155 @@ class compress_activations:
         self.seed = seed
         self.min_bytes = min_bytes
         self.recipe = recipe
+        if isinstance(modules, str):
+            raise ValueError(f"modules must be a list of patterns, got the string {modules!r}: write [{modules!r}]")
         self.modules = modules
         self.root = root
         self.step = 0
-        self.rank = 0
-        self._exits: list[ExitStack] = []
+        """How often it has been entered; each step has its own noise."""
+        self.rank: int | None = None
+        """Which process this is, each of which has its own noise. None: the rank in torch.distributed, if that runs."""
+        self._entries: dict[int, list[tuple[Observer, ExitStack]]] = {}  # by thread
+        self._matched = not modules
+        if modules and root is not None:
+            check_modules(modules, root)
 
     def __enter__(self) -> Ledger:
         """Start compressing; returns the ledger of what this entry keeps."""
         ledger = Ledger()
+        rank = self.rank
+        if rank is None:
+            rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
         keeper = Keeper(
             bits=self.bits,
             group_size=self.group_size,
             min_bytes=self.min_bytes,
             by_rules=self.recipe == "rules",
-            key=make_key(self.seed, self.rank, self.step),
+            key=make_key(self.seed, rank, self.step),
             ledger=ledger,
         )
-        tracker = _ModuleTracker(keeper, self.modules, self.root)
-        observer = _Observer(keeper, tracker)
+        observer = Observer(keeper, ModuleTracker(keeper.provenance, self.modules, self.root))
         with ExitStack() as stack:
-            stack.enter_context(tracker)
+            stack.enter_context(observer.tracker)
             stack.push(observer.leave)
-            stack.enter_context(saved_tensors_hooks(observer.pack, Saved.unpack))
+            try:
+                stack.enter_context(saved_tensors_hooks(observer.pack, Saved.unpack))
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "compress_activations works by saved-tensor hooks, which are switched off here: enter it outside "
+                    f"of torch.func.grad, vjp, jacrev, hessian and disable_saved_tensors_hooks ({error})"
+                ) from error
             stack.enter_context(observer)
-            self._exits.append(stack.pop_all())
+            self._entries.setdefault(threading.get_ident(), []).append((observer, stack.pop_all()))
+        THREAD.observers.append(observer)
         self.step += 1
         return ledger
 
-    def __exit__(self, *exc_info: Any) -> None:
-        self._exits.pop().__exit__(*exc_info)
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        thread = threading.get_ident()
+        if thread not in self._entries:
+            raise RuntimeError("compress_activations was left in a thread that has not entered it")
+        observer, stack = self._entries[thread].pop()
+        if not self._entries[thread]:
+            del self._entries[thread]
+        in_order = THREAD.observers[-1] is observer
+        THREAD.observers.remove(observer)
+        outermost = observer.tracker.outermost
+        stack.__exit__(exc_type, exc, traceback)
+        if not in_order:  # what was popped off PyTorch's stacks is another context's: until that is left, ours is on
+            raise RuntimeError(
+                "compress_activations was left before a context that was entered after it: contexts have to be left "
+                "in reverse order. Is one of them entered in a generator or a task that was suspended?"
+            )
+        if exc is not None and _is_refusal(exc) and _ADVICE not in getattr(exc, "__notes__", ()):
+            exc.add_note(_ADVICE)
+        if exc is None and not self._matched and self.root is None and outermost:
+            self._matched = True  # or told once
+            if message := unmatched(self.modules or (), outermost):
+                warnings.warn(message, stacklevel=2)
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint of a training loop needs to hold, in plain primitives: the number of entries so far.
+
+        Example:
+            >>> context = compress_activations(bits=2)
+            >>> with context:
+            ...     pass
+            >>> context.state_dict()
+            {'step': 1}
+        """
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on where :meth:`state_dict` was taken: the next entry draws the noise that it would have drawn there.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: if it has no ``"step"`` that is an integer of at least 0.
+        """
+        step = state_dict.get("step")
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"state_dict['step'] must be an integer of at least 0, got {step!r} in {state_dict!r}")
+        self.step = step
 
 
-class _Observer(TorchFunctionMode):
-    """Sees each op, and so knows exactly which op saved what.
+@contextmanager
+def keep_exact(*, hooks: bool = True) -> Iterator[None]:
+    """Opt a region out: within it, what autograd saves is kept as it is, whatever ``bits`` and ``modules`` say.
 
-    While an op runs, what it saves is kept raw; when it returns, a walk from its result along the autograd graph
-    finds the handles again, under their node and attribute, and they are encoded: no more than one op's tensors are
-    raw at a time, and none is attributed by guess.
+    It opts out of the innermost :class:`compress_activations` (or ``TinyKGCallback``) that is entered; where there is
+    none it does nothing, so a model can use it whether it is compressed or not. It is a decorator as well:
+    ``@keep_exact()``. Forms that lose nothing are still used: rows that can be gathered again, duplicates, narrowed
+    integers; and the ledger lists what is kept.
+
+    Args:
+        hooks: False takes the saved-tensor hooks off as well. Autograd then keeps the region's tensors itself, the
+            ledger does not know of them, and what refuses to run under hooks runs: ``torch.func.grad``, ``vjp``,
+            ``jacrev`` and ``hessian``. Needs PyTorch 2.8.
+
+    Example:
+        >>> import torch
+        >>> from lightning_tinykg import compress_activations, keep_exact
+        >>> x = torch.randn(1000, 64, requires_grad=True)
+        >>> with compress_activations(bits=2) as ledger:
+        ...     hidden = x.cumsum(0).tanh()
+        ...     with keep_exact():
+        ...         loss = hidden.exp().sum()
+        >>> [(entry.op, entry.codec) for entry in ledger]
+        [('Tanh.result', 'int4'), ('Exp.result', 'exact')]
     """
-
-    def __init__(self, keeper: Keeper, tracker: _ModuleTracker) -> None:
-        super().__init__()
-        self._keeper = keeper
-        self._tracker = tracker
-        # weak, since a node can die as soon as its op returns: an argsort's, for one
-        self._pending: list[weakref.ref[Saved]] = []
-        self._floor = torch.autograd._get_sequence_nr()
-
-    def pack(self, tensor: Tensor) -> Saved:
-        """Autograd saves a tensor."""
-        saved = Saved(tensor, self._tracker.path, exact=not self._tracker.covers)
-        self._pending.append(weakref.ref(saved))
-        return saved
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # an op of a graph that is being traced runs, and saves, later
-            return func(*args, **kwargs)
-        if self._pending:  # saved by something that is no op: a custom function, a compiled graph
-            self._claim(tensors_in((args, kwargs)), None, "")
-        self._keeper.before(func, args, kwargs)
-        out = func(*args, **kwargs)
-        if not isinstance(out, (Tensor, tuple, list)):
-            if self._pending:  # an assignment to an index has no result, but changes its first argument
-                inputs = list(tensors_in((args, kwargs)))
-                self._claim(inputs, inputs, "")
-            return out
-        inputs = list(tensors_in((args, kwargs)))
-        self._keeper.observe(func, args, kwargs, out, inputs)
-        if self._pending:
-            self._claim(tensors_in(out), inputs, getattr(func, "__name__", ""))
-        return out
-
-    def _claim(self, roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> None:
-        """Encode the pending saves that the graph of ``roots`` names."""
-        with torch.no_grad():
-            self._encode(roots, inputs, op)
-
-    def _encode(self, roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> None:
-        pending = {id(saved): saved for reference in self._pending if (saved := reference()) is not None}
-        for saved, node, attribute in _named_saves(roots, self._floor):
-            if pending.pop(id(saved), None) is not None:
-                self._keeper.keep(saved, node, attribute, inputs, op)
-                if not pending:
-                    break
-        self._pending = []
-        for saved in pending.values():
-            saved.attempts += 1
-            if saved.attempts > _PATIENCE:
-                self._keeper.keep(saved, None, "", None, "")
-            else:
-                self._pending.append(weakref.ref(saved))
-        if not self._pending:
-            self._floor = torch.autograd._get_sequence_nr()
-
-    def leave(self, exc_type: Any, exc: Any, traceback: Any) -> None:
-        """The forward is over: encode what no op has claimed, unless it failed and nobody will ask for it."""
-        if exc_type is None:
-            with torch.no_grad():
-                for reference in self._pending:
-                    if (saved := reference()) is not None:
-                        self._keeper.keep(saved, None, "", None, "")
-        self._pending.clear()
-        self._keeper.finish()
+    if torch.compiler.is_compiling():  # the graph that is traced runs, and saves, later
+        yield
+        return
+    region: Observer | Thread = THREAD.observers[-1] if THREAD.observers else THREAD
+    removed: list[saved_tensors_hooks] = []
+    region.exact += 1
+    try:
+        while not hooks and (observer := _on_top()) is not None:
+            removed.append(saved_tensors_hooks(observer.pack, Saved.unpack))
+            removed[-1].__exit__()
+        yield
+    finally:
+        while removed:
+            removed.pop().__enter__()
+        region.exact -= 1
 
 
-def _named_saves(roots: Iterable[Tensor], floor: int) -> Iterator[tuple[Saved, Any, str]]:
-    """The saves of the nodes behind some tensors that are not older than ``floor``, with node and attribute."""
-    stack = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None]
-    seen = set()
-    while stack:
-        node = stack.pop()
-        if node in seen or node._sequence_nr() < floor:
-            continue
-        seen.add(node)
-        for name, attribute in _raw_attributes(type(node)):
-            raw = getattr(node, attribute)
-            for item in raw if isinstance(raw, (tuple, list)) else (raw,):
-                data = item.data if item is not None else None
-                if isinstance(data, Saved):
-                    yield data, node, name
-        stack.extend(edge[0] for edge in node.next_functions if edge[0] is not None)
+def _on_top() -> Observer | None:
+    """The context whose hooks are the innermost in this thread; None if they are another tool's, or there are none."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:
+        raise RuntimeError(f"keep_exact(hooks=False) needs PyTorch 2.8 or later, this is {torch.__version__}")
+    observer = getattr((top(True) or (None,))[0], "__self__", None)
+    return observer if isinstance(observer, Observer) else None
 
 
-_RAW_ATTRIBUTES: dict[type, tuple[tuple[str, str], ...]] = {}
-
-
-def _raw_attributes(kind: type) -> tuple[tuple[str, str], ...]:
-    """The saved tensors' attributes of a node class: (name, name of the raw attribute)."""
-    if kind not in _RAW_ATTRIBUTES:
-        _RAW_ATTRIBUTES[kind] = tuple(
-            (name.removeprefix("_raw_saved_"), name) for name in dir(kind) if name.startswith("_raw_saved_")
-        )
-    return _RAW_ATTRIBUTES[kind]
-
-
-class _ModuleTracker:
-    """Knows the path of the module whose forward runs, and whether it is to be compressed."""
-
-    def __init__(self, keeper: Keeper, modules: Sequence[str | type[nn.Module]] | None, root: nn.Module | None) -> None:
-        self._keeper = keeper
-        self._include = [m for m in modules or () if not (isinstance(m, str) and m.startswith("!"))]
-        self._exclude = [m[1:] for m in modules or () if isinstance(m, str) and m.startswith("!")]
-        self._names: dict[int, str] = _names(root) if root is not None else {}
-        self._outside = type(root).__name__ if root is not None else ""
-        # the root itself need not be called: a LightningModule's training_step is a mere method
-        self._decided = self._decide(root, self._outside, None) if root is not None else None
-        self._stack: list[tuple[str, bool | None]] = []
-        self._hooks: list[Any] = []
-
-    @property
-    def path(self) -> str:
-        """Path of the innermost module that runs; outside of any, the root's class, if the root is known."""
-        return self._stack[-1][0] if self._stack else self._outside
-
-    @property
-    def covers(self) -> bool:
-        """Whether what is saved now is to be compressed."""
-        decided = self._stack[-1][1] if self._stack else self._decided
-        return not self._include if decided is None else decided
-
-    def __enter__(self) -> None:
-        self._hooks = [
-            nn.modules.module.register_module_forward_pre_hook(self._enter),
-            nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
-        ]
-
-    def __exit__(self, *exc_info: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if not self._stack:
-            self._keeper.provenance.hold(tensors_in(args))
-            if id(module) not in self._names:
-                self._names = _names(module) | self._names  # within a wrapper (DDP) the root's own paths hold
-        path = self._names.get(id(module), type(module).__name__)
-        decided = self._stack[-1][1] if self._stack else self._decided
-        self._stack.append((path, self._decide(module, path, decided)))
-
-    def _decide(self, module: nn.Module, path: str, decided: bool | None) -> bool | None:
-        """Whether a module is to be compressed, within one for which that is ``decided``."""
-        if decided is False or any(_matches(module, path, pattern) for pattern in self._exclude):
-            return False
-        return True if any(_matches(module, path, pattern) for pattern in self._include) else decided
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._stack and not torch.compiler.is_compiling():
-            self._stack.pop()
-
-
-def _names(root: nn.Module) -> dict[int, str]:
-    """The paths of a module and all within it, by identity; the root goes by its class."""
-    return {id(module): name or type(root).__name__ for name, module in root.named_modules()}
-
-
-def _matches(module: nn.Module, path: str, pattern: str | type[nn.Module]) -> bool:
-    if isinstance(pattern, str):
-        return fnmatchcase(path, pattern) or type(module).__name__ == pattern
-    return isinstance(module, pattern)
+def _is_refusal(exc: BaseException) -> bool:
+    """Whether an exception was raised because something does not run under saved-tensor hooks."""
+    frames = exc.__traceback__
+    while frames is not None and frames.tb_next is not None:
+        frames = frames.tb_next
+    refuses = getattr(disable_saved_tensors_hooks, "__wrapped__", None)
+    return frames is not None and refuses is not None and frames.tb_frame.f_code is refuses.__code__

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from lightning_tinykg.activations import changes
 from lightning_tinykg.activations.books import Books
+from lightning_tinykg.activations.fragile import FRAGILE, amplified
 from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Reference, Remade, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
-from lightning_tinykg.activations.rules import EXACT, LINEAR, MASK, SHAPE, SIGN, Rule, Side, rule_for
+from lightning_tinykg.activations.rules import ANGLE, EXACT, LINEAR, MASK, SHAPE, SIGN, Need, Rule, Side, rule_for
 from lightning_tinykg.activations.storages import Layout, Provenance, is_plain, node_name, storage_id, tensors_in
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
@@ -57,26 +60,26 @@ class Keeper:
         self._books = Books(ledger)
         self._draws = 0
         self._recipes = RecipeBook(min_bytes)
-        self._ingredients: dict[int, list[Record]] = {}
+        self._fragile: WeakValueDictionary[int, Record] = WeakValueDictionary()
 
     # -- what the forward does ----------------------------------------------------------------------------------
 
     def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op is about to run: if it writes in place what something is to be made from again, copy that first."""
         self._books.next_op(func)
-        if self._ingredients:
-            for tensor in tensors_in(_written(func, args, kwargs)):
-                if is_plain(tensor) and storage_id(tensor) in self._ingredients:
-                    self._copy_ingredients(storage_id(tensor))
+        if changes.LENT:
+            changes.before_change(tensors_in(changes.written(func, args, kwargs)))
+        if self._fragile:
+            self._keep_fragile(tensors_in(amplified(func, args, kwargs)))
 
-    def _copy_ingredients(self, storage: int) -> None:
-        for record in self._ingredients.pop(storage):
-            if record.reference is not None:
-                run = record.reference.restore()
-                entry = self._books.enter("", "changed in place", "exact", run)
-                with torch.no_grad():
-                    record.value, record.reference = RawCode(run.reshape(-1).clone()), None
-                entry.stored_bytes, record.entry = record.value.nbytes, entry
+    def _keep_fragile(self, tensors: Iterable[Tensor]) -> None:
+        """Keep what was rounded exactly, since an op uses it that may blow up its error."""
+        for tensor in tensors:
+            record = self._fragile.pop(storage_id(tensor), None) if is_plain(tensor) else None
+            if record is not None and record.entry is not None:
+                whole = tensor if tensor._base is None else tensor._base
+                with torch.no_grad(), torch._C.DisableTorchFunction():
+                    self._value(whole.detach(), 32, record.entry)
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inputs: list[Tensor]) -> None:
         """An op has run: note whose memory its results are, and how they can be made again."""
@@ -87,7 +90,7 @@ class Keeper:
     def finish(self) -> None:
         """The forward is over: leave out of the count what the user still holds, and let go of everything."""
         self._recipes.clear()
-        self._ingredients.clear()
+        self._fragile.clear()
         self._books.close()
 
     # -- what is kept -------------------------------------------------------------------------------------------
@@ -115,22 +118,26 @@ class Keeper:
             self._books.charge(saved, tensor, entry)
             self._widths.charge(entry.raw_bytes)
             if saved.exact:
-                kept = self._choose(tensor, EXACT, entry, op)
+                kept = self._choose(tensor, EXACT, entry, op, node)
             elif self._by_rules:
-                kept = self._choose(tensor, rule_for(node, attribute), entry, op)
+                kept = self._choose(tensor, rule_for(node, attribute), entry, op, node)
             else:
                 kept = self._as_in_the_paper(tensor, entry)
             saved.fill(kept)
+            if where in FRAGILE and isinstance(kept, Coded) and kept.record.bits < 32:
+                self._fragile[storage_id(tensor)] = kept.record
 
-    def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str) -> Kept:
+    def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any) -> Kept:
         """The cheapest form that serves the rule."""
+        entry.need = rule.value if isinstance(rule, Need) else "side"
         if tensor.numel() == 0:
             return self._exact(tensor, entry)
         if rule is SHAPE:
             entry.codec = "shape"
             return Levels(ShapeCode(tensor.numel(), tensor.dtype, tensor.device), Layout.of(tensor))
+        factor_of = None
         if rule is MASK:
-            rule = LINEAR
+            rule, factor_of = LINEAR, node._sequence_nr()
             if "dropout" in op and tensor.is_floating_point() and not tensor.requires_grad:
                 layout = Layout.of(tensor)
                 mask = encode_two_levels(layout.run(tensor))
@@ -147,16 +154,31 @@ class Keeper:
             levels = torch.tensor(rule.levels, dtype=tensor.dtype, device=tensor.device)
             inside = rule.inside
             return self._levels(tensor, layout, rule.key, lambda run: encode_levels(run, inside, levels), entry)
+        if floating and rule is ANGLE and least < 32:
+            group = self._widths.group(layout, least)
+
+            def wrapped(run: Tensor) -> Code:
+                return quantize(run.remainder(2 * math.pi), least, key=self._next_key(), group_size=group)
+
+            return self._levels(tensor, layout, (rule, least), wrapped, entry)
         if floating and rule is SIGN:
             return self._levels(tensor, layout, "sign", encode_signs, entry)
-        return self._value(tensor, least, entry)
+        return self._value(tensor, least, entry, factor_of)
 
     # -- the forms ----------------------------------------------------------------------------------------------
 
-    def _value(self, tensor: Tensor, least: int, entry: Entry) -> Coded:
-        """The values, in at least ``least`` bits, shared with every other save of the same elements."""
+    def _value(self, tensor: Tensor, least: int, entry: Entry, factor_of: int | None = None) -> Coded:
+        """The values, in at least ``least`` bits, shared with every other save of the same elements.
+
+        A factor of two products may come to multiply one gradient twice, as in ``a * (a * h)``. Where that is its own
+        rounding squared, the variance does not average out: at 2 bits it adds a quarter, at 4 a hundredth.
+        """
         layout = Layout.of(tensor)
         record = self._books.record(tensor, layout)
+        if factor_of is not None:
+            if record.factor_of not in (None, factor_of):
+                least = self._widths.raised(least)
+            record.factor_of = factor_of
         run = layout.run(tensor)
         bits = self._widths.better(layout, tensor.itemsize, least)
         if record.bits < bits:
@@ -174,7 +196,7 @@ class Keeper:
                     self._widths.spend(layout, bits, least)
             else:
                 record.reference, record.bits = Reference.to(run.detach(), entry.op), 32
-                entry.stored_bytes = self._books.reference_bytes(tensor)
+                self._books.refer(tensor, entry)
             record.entry = entry
         entry.codec = "exact" if record.value is None else record.value.name
         return Coded(record, layout)
@@ -201,7 +223,7 @@ class Keeper:
             record.levels[key] = encode(layout.run(tensor))
             entry.stored_bytes = record.levels[key].nbytes
         entry.codec = record.levels[key].name
-        return Levels(record.levels[key], layout)
+        return Levels(record.levels[key], layout, record)
 
     def _remade(self, tensor: Tensor, rule: Rule, least: int, entry: Entry) -> Kept | None:
         """How to make the tensor again, where that is the cheapest form."""
@@ -214,15 +236,14 @@ class Keeper:
 
     def _follow(self, recipe: Recipe, least: int, geometry: tuple[Any, Any, int], entry: Entry) -> Kept:
         """Keep all that a recipe starts from."""
-        if recipe.pointwise:
-            least = 32
+        args = self._argument(recipe.args, 32 if recipe.pointwise else least, entry)
+        return Remade(recipe.op, args, recipe.kwargs, *geometry)
 
-        def kept(argument: Any) -> Any:
-            if isinstance(argument, tuple):
-                return tuple(kept(item) for item in argument)
-            return self._ingredient(argument, least, entry) if isinstance(argument, Ingredient) else argument
-
-        return Remade(recipe.op, kept(recipe.args), recipe.kwargs, *geometry)
+    def _argument(self, argument: Any, least: int, entry: Entry) -> Any:
+        """What is kept in an argument's place: of tensors a form, of tuples what is in them, all else itself."""
+        if isinstance(argument, tuple):
+            return tuple(self._argument(item, least, entry) for item in argument)
+        return self._ingredient(argument, least, entry) if isinstance(argument, Ingredient) else argument
 
     def _ingredient(self, ingredient: Ingredient, least: int, entry: Entry) -> Kept:
         """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe."""
@@ -244,7 +265,7 @@ class Keeper:
                 record = self._value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record
         assert record is not None  # else its recipe would have been cheaper
         if record.reference is not None:
-            self._ingredients.setdefault(ingredient.storage.cdata, []).append(record)
+            self._books.lend(record)
         return Coded(record, layout)
 
     def _recipe_cost(self, recipe: Recipe, least: int, depth: int = 0) -> float:
@@ -306,19 +327,3 @@ class Keeper:
     def _next_key(self) -> int:
         self._draws += 1
         return make_key(self._key, self._draws)
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an op changes: by ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``; None if nothing."""
-    name = getattr(func, "__name__", "").partition(".")[0]
-    if name.startswith("__"):
-        in_place = name == "__setitem__" or (name.startswith("__i") and name[3:-2] in _OPERATORS)
-    elif name == "embedding":  # renormalises the rows that it looks up
-        in_place = kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)
-        return [*args[1:2], kwargs.get("weight")] if in_place else None
-    else:
-        in_place = name.endswith("_") or any(argument is True for argument in (kwargs.get("inplace"), *args[1:]))
-    return [kwargs.get("out"), *(args[:1] if in_place else ())]
-
-
-_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")

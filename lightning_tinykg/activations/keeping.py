@@ -66,7 +66,7 @@ class Reference:
         return self.alias.detach()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Record:
     """One run of elements, and all codes of it. A save that needs more precision replaces the code for every save.
 
@@ -76,6 +76,7 @@ class Record:
         bits: the precision of ``value``; 32 where it is exact.
         reference: the run itself, where it is kept as it is.
         entry: the ledger's entry that paid for ``value`` or ``reference``.
+        factor_of: sequence number of the last product that it was saved by as a factor.
         levels: the codes that restore a side or a sign only, by rule.
     """
 
@@ -84,6 +85,7 @@ class Record:
     bits: int = 0
     reference: Reference | None = None
     entry: Entry | None = None
+    factor_of: int | None = None
     levels: dict[Any, Code] = field(default_factory=dict)
 
     def elements(self) -> Tensor:
@@ -102,16 +104,23 @@ class Coded:
     layout: Layout
 
     def restore(self) -> Tensor:
-        """De-quantized, or as it was."""
-        return self.layout.restore(self.record.elements())
+        """De-quantized, or as it was, to the strides: with others, a kernel may take a path that differs in a bit."""
+        return self.layout.restore(self.record.elements(), strided=self.record.bits == 32)
 
 
 @dataclass(slots=True)
 class Levels:
-    """A tensor of which only sides, signs or the shape are kept."""
+    """A tensor of which only sides, signs or the shape are kept.
+
+    Attributes:
+        code: what is kept.
+        layout: how it lies.
+        record: the record that the code is shared through, as long as anybody has it.
+    """
 
     code: Code
     layout: Layout
+    record: Record | None = None
 
     def restore(self) -> Tensor:
         """Representatives of each element's side."""

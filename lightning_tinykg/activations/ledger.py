@@ -24,6 +24,8 @@ class Entry:
         module: path of the module in whose forward it was saved; empty outside of any.
         op: autograd node and saved attribute: ``Mul.self``.
         codec: what is kept: ``int2``, ``mask``, ``shape``, ``gather``, ``reference`` ...
+        need: what its backward needs of it, by the rules: ``linear``, ``smooth``, ``exact``, ``side`` ...; empty where
+            that is not asked, since it costs nothing to keep.
         shape: the tensor's shape.
         dtype: its dtype.
         raw_bytes: what the uncompressed graph keeps alive because of this save: the storage's bytes at its first
@@ -38,6 +40,7 @@ class Entry:
     dtype: str
     raw_bytes: int = 0
     stored_bytes: int = 0
+    need: str = ""
 
 
 def format_bytes(count: float) -> str:

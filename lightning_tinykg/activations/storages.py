@@ -69,9 +69,28 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor beneath those of ``vmap`` and ``jvp``, which have no storage to look into."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def storage_id(tensor: Tensor) -> int:
     """Which storage a tensor lies in. Good for as long as the storage, or a weak reference to it, is held."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is taken away for now, as FSDP does with the weights of a module that is not running.
+
+    Example:
+        >>> weight = torch.ones(3)
+        >>> _ = weight.untyped_storage().resize_(0)
+        >>> is_freed(weight), is_freed(torch.ones(3)), is_freed(torch.ones(0))
+        (True, False, False)
+    """
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def is_weight(tensor: Tensor) -> bool:
@@ -156,6 +175,22 @@ class Layout:
             run *= size
         return cls(shape, stride, offset, 0 if 0 in shape else run, dense)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether elements share memory other than by an expanded dimension, as the windows of ``unfold`` do.
+
+        Example:
+            >>> x = torch.arange(10.0)
+            >>> Layout.of(x.unfold(0, 4, 2)).overlaps, Layout.of(x.view(5, 2)[:, :1].expand(5, 3)).overlaps
+            (True, False)
+        """
+        extent = 1
+        for step, size in sorted((s, n) for n, s in zip(self.shape, self.stride, strict=True) if n != 1 and s != 0):
+            if step < extent:
+                return True
+            extent += step * (size - 1)
+        return False
+
     def group(self, limit: int) -> int:
         """A group size of at most ``limit`` that fits the rows, so that no group straddles two of them.
 
@@ -183,12 +218,15 @@ class Layout:
             return tensor.as_strided((self.numel,), (1,), self.offset)
         return tensor[tuple(slice(0, 1) if s == 0 else slice(None) for s in self.stride)]
 
-    def restore(self, flat: Tensor) -> Tensor:
-        """The tensor, of the right shape (and strides where it was a run), on restored elements."""
+    def restore(self, flat: Tensor, strided: bool = False) -> Tensor:
+        """The tensor on restored elements: of its shape, and of its strides if it was a run or they are asked for."""
         if self.dense:
             return flat.as_strided(self.shape, self.stride, flat.storage_offset())
         small = [1 if s == 0 else n for n, s in zip(self.shape, self.stride, strict=True)]
-        return flat.view(small).expand(self.shape)
+        rows = flat.view(small)
+        if strided and not self.overlaps:
+            rows = flat.new_empty_strided(small, self.stride).copy_(rows)
+        return rows.expand(self.shape)
 
 
 class Provenance:
@@ -224,6 +262,8 @@ class Provenance:
             tensor: a plain tensor.
             inputs: the inputs of the op that saves it; None where the op is not known.
         """
+        if isinstance(tensor, Parameter) or isinstance(tensor._base, Parameter):
+            return True  # even if it was made just now: FSDP gathers its weights within the forward
         storage = storage_id(tensor)
         if storage in self._made:
             return False

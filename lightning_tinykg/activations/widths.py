@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from lightning_tinykg.activations.rules import EXACT, SMOOTH, Need, Rule
+from lightning_tinykg.activations.rules import ANGLE, EXACT, SMOOTH, UNKNOWN, Need, Rule
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantized_size
 from lightning_tinykg.codecs.packing import BITS
@@ -43,12 +43,19 @@ class Widths:
 
         What enters its backward non-linearly gets at least ``RAISED_BITS``, and so does what has only a few elements
         in a row: it holds coefficients (attention weights, scores, degrees), each of which multiplies a whole row of
-        features, so its error counts for all of them while it takes a fraction of their memory.
+        features, so its error counts for all of them while it takes a fraction of their memory. Of what is unknown
+        nothing is risked: 8 bits.
         """
         if self.bits == 32 or rule is EXACT or not isinstance(rule, Need) or tensor.dtype not in FLOAT_DTYPES:
             return 32
+        if rule is UNKNOWN:
+            return 8
         narrow = tensor.dim() < 2 or tensor.shape[-1] < NARROW
-        return RAISED_BITS[self.bits] if rule is SMOOTH or narrow else self.bits
+        return self.raised(self.bits) if rule in (SMOOTH, ANGLE) or narrow else self.bits
+
+    def raised(self, least: int) -> int:
+        """The width for what asks for more than ``least``, since its error does not average out."""
+        return max(least, RAISED_BITS.get(self.bits, 32))
 
     def better(self, layout: Layout, itemsize: int, least: int) -> int:
         """The width for a run of elements of ``itemsize`` bytes each: at least ``least``, more where more is cheap.

@@ -249,7 +249,7 @@ def test_one_code_for_all_views() -> None:
 
     def forward() -> Tensor:
         x = made(a)
-        total = (x * x).mul(weights).sum() + (x.t() * x.t()).sum() + (x.view(8, -1) ** 2).sum()
+        total = (x * x).mul(weights).sum() + (x.t() @ x).sum() + (x.view(8, -1) ** 2).sum()
         return total + (x[None].expand(3, -1, -1) ** 2).sum()
 
     with compress_activations(bits=2) as ledger:
@@ -356,7 +356,7 @@ def test_a_short_table_adds_up_the_rest(ledger: Ledger) -> None:
 
 def test_rows_make_a_frame(ledger: Ledger) -> None:
     frame = pd.DataFrame(ledger.rows())
-    assert list(frame.columns) == ["module", "op", "codec", "shape", "dtype", "raw_bytes", "stored_bytes"]
+    assert list(frame.columns) == ["module", "op", "codec", "shape", "dtype", "raw_bytes", "stored_bytes", "need"]
     assert len(frame) == len(ledger)
     assert frame.raw_bytes.sum() == ledger.raw_bytes
     assert frame.stored_bytes.sum() == ledger.stored_bytes

@@ -1,11 +1,13 @@
 """``modules=``: where to compress."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from comparing import weighted
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_tinykg import Ledger, compress_activations
 
@@ -80,7 +82,6 @@ def compressed_modules(ledger: Ledger) -> set[str]:
         (["layers.*", "!layers.1"], {"layers.0.act", "layers.2.act"}),
         (["layers.*", "!layers.1", "layers.1.act"], {"layers.0.act", "layers.2.act"}),
         (["!Model"], set()),
-        (["nothing.*"], set()),
     ],
 )
 @pytest.mark.parametrize("root", [True, False])
@@ -132,3 +133,81 @@ def test_outside_of_any_module() -> None:
     assert saved(None) == ["int2"]
     assert saved(["!head"]) == ["int2"]
     assert not saved(["head"])[0].startswith("int")
+
+
+# -- what matches nothing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["layer.*"], r"modules: 'layer\.\*' matches no module of Model; the nearest: 'layers\.\d', 'layers\.\d'"),
+        (["head", "!haed"], "'!haed' matches no module of Model; the nearest: 'head'"),
+        (["!Tahn"], "'!Tahn' matches no module of Model; the nearest: 'Tanh'"),
+        ([nn.ReLU], r"ReLU matches no module of Model; the nearest: 'GELU'"),
+        ([nn.Bilinear, "qqq"], "'qqq' matches no module of Model; there are: 'Block', 'GELU', .*'head', 'head.0'"),
+        (["zzz", nn.LSTM], "'zzz' matches .*; modules: LSTM matches"),
+        (["0.act"], r"'0\.act' matches no module"),
+    ],
+    ids=str,
+)
+def test_a_pattern_that_matches_nothing(modules: Any, message: str) -> None:
+    """It would silently compress everything, or nothing: refused where the root is known, else told once."""
+    model = Model()
+    with pytest.raises(ValueError, match=message):
+        compress_activations(modules=modules, root=model)
+    context = compress_activations(modules=modules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with context:
+            torch.randn(4, 4, requires_grad=True).exp()
+    with pytest.warns(UserWarning, match=message) as told, context:
+        model(torch.randn(10, 32))
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with context:
+            model(torch.randn(10, 32))
+
+
+def test_patterns_of_several_models_in_a_context() -> None:
+    """Each has to match in one of them, whether or not the module it matches is called."""
+    first, second = Model(), nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+    first.spare = nn.Linear(4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with compress_activations(modules=["layers.2", "!spare", "1"]) as ledger:
+            second(first(torch.randn(100, 32)))
+    assert {"layers.2.act", "1"} <= {entry.module for entry in ledger}
+
+
+def test_no_warning_beside_an_exception() -> None:
+    context = compress_activations(modules=["zzz"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="shapes"), context:
+            Model()(torch.randn(10, 33))
+    with pytest.warns(UserWarning, match="zzz"), context:
+        Model()(torch.randn(10, 32))
+
+
+def test_a_string_is_no_list_of_patterns() -> None:
+    with pytest.raises(
+        ValueError, match=r"modules must be a list of patterns, got the string 'head': write \['head'\]"
+    ):
+        compress_activations(modules="head")
+
+
+def test_wrappers_are_no_part_of_a_path() -> None:
+    torch.manual_seed(0)
+    model, modules = nn.DataParallel(Model()), ["layers.*", "!layers.1"]
+    for root in (None, model, model.module):
+        with compress_activations(bits=8, min_bytes=0, modules=modules, root=root) as ledger:
+            model(torch.randn(100, 32)).sum()
+        assert compressed_modules(ledger) == {"layers.0.act", "layers.2.act"}
+        assert "Model" in {entry.module for entry in ledger}
+    compress_activations(modules=modules, root=torch.compile(Model()))
+    parts = nn.ModuleDict({"a": checkpoint_wrapper(Model()), "b": torch.compile(Model())})
+    compress_activations(modules=["a.layers.0", "!b.head.1", "a"], root=parts)
+    with pytest.raises(ValueError, match=r"'layers\.7' matches no module of Model"):
+        compress_activations(modules=["layers.7"], root=torch.compile(Model()))

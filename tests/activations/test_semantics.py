@@ -3,6 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -245,6 +246,94 @@ def test_changing_an_index_inside_the_forward() -> None:
         return total + (torch.cumsum(x, 0)[index] * v).sum()
 
     assert_exact(loss, [x, v])
+
+
+# -- hooks of the user's own -------------------------------------------------------------------------------------
+
+
+def _retained(x: Tensor, model: nn.Module, seen: list[Any]) -> Tensor:
+    h = made(x).exp()
+    h.retain_grad()
+    loss = weighted(model(h))
+    loss.register_hook(lambda g: seen.append(h.grad is None))
+    return loss
+
+
+def _scaled(x: Tensor, model: nn.Module, seen: list[Any]) -> Tensor:
+    h = made(x).exp()
+    h.register_hook(lambda g: seen.append(g.clone()) or 2 * g)
+    return weighted(model(h))
+
+
+def _node_hooks(x: Tensor, model: nn.Module, seen: list[Any]) -> Tensor:
+    h = made(x).exp()
+    h.grad_fn.register_hook(lambda grads, outputs: seen.append(grads[0].clone()))
+    h.grad_fn.register_prehook(lambda grads: tuple(3 * g for g in grads))
+    return weighted(model(h))
+
+
+def _multi_grad(x: Tensor, model: nn.Module, seen: list[Any]) -> Tensor:
+    a, b = made(x).exp(), made(x).tanh()
+    torch.autograd.graph.register_multi_grad_hook((a, b), lambda grads: seen.extend(g.clone() for g in grads))
+    return weighted(model(a * b))
+
+
+def _accumulated(x: Tensor, model: nn.Module, seen: list[Any]) -> Tensor:
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    return weighted(model(made(x).exp()))
+
+
+def _module_hooks(x: Tensor, model: nn.Module, seen: list[Any]) -> Tensor:
+    for module in model.modules():
+        module.register_full_backward_hook(lambda m, i, o: seen.extend(g.clone() for g in (*i, *o) if g is not None))
+        module.register_full_backward_pre_hook(lambda m, o: tuple(2 * g for g in o))
+        module.register_forward_hook(lambda m, i, o: o * 1.5)
+        module.register_forward_pre_hook(lambda m, i: tuple(t.neg() for t in i))
+    return weighted(model(made(x).exp()))
+
+
+@pytest.mark.parametrize("how", [_retained, _scaled, _node_hooks, _multi_grad, _accumulated, _module_hooks])
+@pytest.mark.parametrize("bits", [2, 32])
+def test_hooks_on_tensors_nodes_and_modules(how: Callable[..., Tensor], bits: int) -> None:
+    """They are called as often as plainly, and at 32 bits with the very same gradients."""
+
+    def run(context: Any) -> tuple[list[Any], list[Tensor]]:
+        torch.manual_seed(3)
+        model, x, seen = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, 8)), leaf(), list[Any]()
+        with context:
+            loss = how(x, model, seen)
+        loss.backward()
+        return seen, [t.grad for t in (x, *model.parameters()) if t.grad is not None]
+
+    plain, want = run(torch.enable_grad())
+    seen, got = run(compress_activations(bits=bits, min_bytes=0))
+    assert len(seen) == len(plain) > 0
+    assert len(got) == len(want)
+    for a, b in zip([*plain, *want], [*seen, *got], strict=True):
+        if isinstance(a, Tensor):
+            assert a.shape == b.shape
+            assert b.isfinite().all()
+            assert torch.equal(a, b) or bits == 2
+        else:
+            assert a == b
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_other_hooks_on_saved_tensors(inside: bool) -> None:
+    """Only the innermost pair applies, as PyTorch says."""
+    x = leaf()
+    offload, context = torch.autograd.graph.save_on_cpu(), compress_activations(bits=2, min_bytes=0)
+    if inside:
+        with context as ledger, offload:
+            loss = made(x).exp().sum()
+    else:
+        with offload, context as ledger:
+            loss = made(x).exp().sum()
+    loss.backward()
+    assert len(ledger) == (not inside)
+    assert x.grad is not None
+    assert torch.equal(x.grad, x.detach().exp()) == inside
 
 
 # -- contexts ----------------------------------------------------------------------------------------------------
@@ -620,6 +709,59 @@ def test_checkpoint(reentrant: bool, bits: int) -> None:
             want, got = gradients(loss, leaves), compressed(loss, leaves, bits)[0]
             assert all(g.isfinite().all() for g in got)
             assert torch.equal(got[-1], want[-1])  # the head's bias
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_nested_checkpoints(early_stop: bool) -> None:
+    """With and without the early stop, which leaves a forward that is run again by an exception."""
+    model, x = network(), leaf()
+
+    def inner(h: Tensor) -> Tensor:
+        return checkpoint(model, h.exp(), use_reentrant=False).tanh()
+
+    def loss() -> Tensor:
+        with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+            return weighted(checkpoint(inner, made(x), use_reentrant=False))
+
+    leaves = [x, *model.parameters()]
+    assert_exact(loss, leaves)
+    with compress_activations(bits=8, min_bytes=0):  # and with the backward, and so the recomputation, inside
+        total = loss()
+        total.backward()
+        again = weighted(model(made(x)))
+    again.backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in leaves)
+    assert hooks() == 0
+
+
+def test_a_module_that_is_left_by_an_interrupt() -> None:
+    """``always_call`` hooks are not called then; the module around it puts the path right."""
+
+    class Interrupted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    class Patient(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.act = Interrupted(), nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with suppress(KeyboardInterrupt):
+                self.part(x)
+            return self.act(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patient = Patient()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.patient(x).exp()
+
+    with compress_activations(bits=2, min_bytes=0, modules=["!Interrupted"]) as ledger:
+        Model()(made(leaf()))
+    assert [(entry.module, entry.op) for entry in ledger][-1] == ("Model", "Exp.result")
 
 
 def test_checkpointed_compression() -> None:

@@ -1,0 +1,188 @@
+"""Sees each op, and so knows exactly which op saved what."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from lightning_tinykg.activations.keeper import Keeper
+from lightning_tinykg.activations.keeping import Reference, Saved
+from lightning_tinykg.activations.modules import ModuleTracker
+from lightning_tinykg.activations.storages import tensors_in, unwrapped
+
+_PATIENCE = 8
+"""Ops after which a save that no op has claimed is taken for unknown."""
+
+
+class Thread(threading.local):
+    """What is entered in this thread.
+
+    Attributes:
+        observers: of each context, the innermost last.
+        exact: how often :func:`keep_exact` is entered around no context of this thread. On CUDA, a checkpoint runs
+            its forward again on a thread of autograd's, which has the hooks of the thread that called backward.
+    """
+
+    def __init__(self) -> None:
+        self.observers: list[Observer] = []
+        self.exact = 0
+
+
+THREAD = Thread()
+
+
+class Observer(TorchFunctionMode):
+    """Sees each op, and so knows exactly which op saved what.
+
+    While an op runs, what it saves is kept raw; when it returns, a walk from its result along the autograd graph
+    finds the handles again, under their node and attribute, and they are encoded: no more than one op's tensors are
+    raw at a time, and none is attributed by guess.
+    """
+
+    def __init__(self, keeper: Keeper, tracker: ModuleTracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+        self.exact = 0
+        self._keeper = keeper
+        # weak, since a node can die as soon as its op returns: an argsort's, for one
+        self._pending: list[weakref.ref[Saved]] = []
+        self._floor = torch.autograd._get_sequence_nr()
+        self._left = False
+
+    def pack(self, tensor: Tensor) -> Saved:
+        """Autograd saves a tensor."""
+        exact = bool(self.exact) or not self.tracker.covers
+        if THREAD.exact and self not in THREAD.observers:
+            exact = True
+        saved = Saved(tensor, self.tracker.path, exact=exact)
+        if self._left:  # out of order, which was told; there is nobody any more to encode it
+            _keep_as_it_is(saved)
+        else:
+            self._pending.append(weakref.ref(saved))
+        return saved
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling() or self._left:  # an op of a graph that is being traced runs, and saves, later
+            return func(*args, **kwargs)
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        seen_args, seen_kwargs = _beneath((args, kwargs)) if transformed else (args, kwargs)
+        if self._pending:  # saved by something that is no op: a custom function, a compiled graph
+            self._claim(tensors_in((seen_args, seen_kwargs)), None, "")
+        with _aside() if transformed else nullcontext():
+            self._keeper.before(func, seen_args, seen_kwargs)
+        out = func(*args, **kwargs)
+        if not isinstance(out, (Tensor, tuple, list)):
+            if self._pending:  # an assignment to an index has no result, but changes its first argument
+                inputs = list(tensors_in((seen_args, seen_kwargs)))
+                self._claim(inputs, inputs, "")
+            return out
+        inputs = list(tensors_in((seen_args, seen_kwargs)))
+        if transformed:  # the op that ran is another than the one that was called, so there is no recipe
+            made = _beneath(out)
+            self._keeper.provenance.made(tensors_in(made), inputs)
+        else:
+            made = out
+            self._keeper.observe(func, args, kwargs, out, inputs)
+        if self._pending:
+            self._claim(tensors_in(made), inputs, getattr(func, "__name__", ""))
+        return out
+
+    def _claim(self, roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> None:
+        """Encode the pending saves that the graph of ``roots`` names."""
+        with _aside():
+            self._encode(roots, inputs, op)
+
+    def _encode(self, roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> None:
+        pending = {id(saved): saved for reference in self._pending if (saved := reference()) is not None}
+        for saved, node, attribute in _named_saves(roots, self._floor):
+            if pending.pop(id(saved), None) is not None:
+                self._keeper.keep(saved, node, attribute, inputs, op)
+                if not pending:
+                    break
+        self._pending = []
+        for saved in pending.values():
+            saved.attempts += 1
+            if saved.attempts > _PATIENCE:
+                self._keeper.keep(saved, None, "", None, "")
+            else:
+                self._pending.append(weakref.ref(saved))
+        if not self._pending:
+            self._floor = torch.autograd._get_sequence_nr()
+
+    def leave(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        """The forward is over: encode what no op has claimed, unless it failed and hardly anybody will ask for it."""
+        with _aside():
+            for reference in self._pending:
+                if (saved := reference()) is None:
+                    continue
+                if exc_type is None:
+                    self._keeper.keep(saved, None, "", None, "")
+                else:
+                    _keep_as_it_is(saved)
+        self._left = True
+        self._pending.clear()
+        self._keeper.finish()
+
+
+def _keep_as_it_is(saved: Saved) -> None:
+    """Keep an alias, not the tensor: an output that holds its own node is never freed."""
+    saved.fill(Reference(saved.raw().detach(), saved.version, "saved for backward"))
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Run as if alone: without a graph, without tangents (autograd keeps these itself), outside of vmap and jvp."""
+    with torch.no_grad(), _set_fwd_grad_enabled(False):
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            yield
+        else:
+            with temporarily_clear_interpreter_stack():
+                yield
+
+
+def _beneath(value: Any) -> Any:
+    """The same with the tensors that lie beneath those of ``vmap`` and ``jvp``: these it is that are saved."""
+    return tree_map_only(Tensor, unwrapped, value)
+
+
+def _named_saves(roots: Iterable[Tensor], floor: int) -> Iterator[tuple[Saved, Any, str]]:
+    """The saves of the nodes behind some tensors that are not older than ``floor``, with node and attribute."""
+    stack = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None]
+    seen = set()
+    while stack:
+        node = stack.pop()
+        if node in seen or node._sequence_nr() < floor:
+            continue
+        seen.add(node)
+        for name, attribute in _raw_attributes(type(node)):
+            raw = getattr(node, attribute)
+            for item in raw if isinstance(raw, (tuple, list)) else (raw,):
+                data = item.data if item is not None else None
+                if isinstance(data, Saved):
+                    yield data, node, name
+        stack.extend(edge[0] for edge in node.next_functions if edge[0] is not None)
+
+
+_RAW_ATTRIBUTES: dict[type, tuple[tuple[str, str], ...]] = {}
+
+
+def _raw_attributes(kind: type) -> tuple[tuple[str, str], ...]:
+    """The saved tensors' attributes of a node class: (name, name of the raw attribute)."""
+    if kind not in _RAW_ATTRIBUTES:
+        _RAW_ATTRIBUTES[kind] = tuple(
+            (name.removeprefix("_raw_saved_"), name) for name in dir(kind) if name.startswith("_raw_saved_")
+        )
+    return _RAW_ATTRIBUTES[kind]
