@@ -42,4 +42,4 @@ def amplified(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         return (*args, *kwargs.values())
     if name in _QUOTIENTS:
         return (*args[1:], kwargs.get("other"))[:1]
-    return args[:1] if name == "__rtruediv__" else ()
+    return args[:1] if name in ("__rtruediv__", "__rdiv__") else ()

@@ -507,3 +507,21 @@ def test_comparisons_and_denominators_stay_exact(bits: int) -> None:
             assert_exact(lambda function=function: weighted(function(made(x))), [x], bits)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+SLICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "columns": lambda h: F.gelu(h[:, :16]),
+    "other columns": lambda h: F.gelu(h[:, 16:]) * h[:, :16],
+    "every other": lambda h: h[:, ::2].tanh().cosh() * h[:, 1::2],
+    "chunks": lambda h: torch.cat([part.sinh() * part for part in h.chunk(4, dim=1)]),
+    "expanded columns": lambda h: F.silu(h[:, None, :8].expand(-1, 3, -1)),
+    "windows": lambda h: F.gelu(h.unfold(1, 8, 4)) * h.unfold(1, 8, 4),
+    "transposed columns": lambda h: F.mish(h[:, :16].t()),
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_slices(name: str) -> None:
+    """A slice comes back with its strides: contiguous, some kernels differ in the last bit."""
+    x = torch.randn(30, 32, requires_grad=True)
+    assert_exact(lambda: weighted(SLICES[name](made(x))), [x])

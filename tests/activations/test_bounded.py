@@ -1,0 +1,117 @@
+"""What enters a gradient non-linearly: how far rounding moves it where values are extreme or functions have kinks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comparing import codecs, compressed, gradients, made
+from torch import Tensor
+from torch.nn import functional as F
+
+BITS = (8, 4, 2, 1)
+
+
+def wide(spread: float) -> Tensor:
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * spread
+    return x.requires_grad_()
+
+
+def error(function: Callable[[Tensor], Tensor], x: Tensor, bits: int) -> float:
+    def loss() -> Tensor:
+        return function(made(x)).sum()
+
+    (want,) = gradients(loss, [x])
+    draws = [compressed(loss, [x], bits, seed=seed)[0][0] for seed in range(5)]
+    return sum(float((got - want).norm() / want.norm()) for got in draws) / len(draws)
+
+
+FRAGILE: dict[str, Callable[[Tensor], Tensor]] = {
+    "bpr": lambda x: -(x.sigmoid() + 1e-10).log(),
+    "negative": lambda x: -(1 - x.sigmoid() + 1e-10).log(),
+    "clamped": lambda x: -x.sigmoid().clamp(min=1e-9).log(),
+    "clamped in numpy's words": lambda x: -x.sigmoid().clip(1e-9, 1 - 1e-6).log(),
+    "binary cross entropy": lambda x: F.binary_cross_entropy(x.sigmoid(), (x > 0).to(x.dtype)),
+    "view first": lambda x: -(x.sigmoid().view(-1) + 1e-10).log(),
+    "cross entropy": lambda x: -(x.softmax(-1) + 1e-15).log()[:, 0],
+    "picked": lambda x: -(x.softmax(-1).gather(1, torch.zeros(40, 1, dtype=torch.int64)) + 1e-9).log(),
+    "picked by index": lambda x: -(x.softmax(-1)[torch.arange(40), 3] + 1e-9).log(),
+    "softplus": lambda x: (1 + x.exp()).log(),
+    "sigmoid by hand": lambda x: 1 / (1 + (-x).exp()),
+    "odds": lambda x: 1 / x.sigmoid(),
+    "quotient": lambda x: 3.0 / (x.exp() + 1e-6),
+    "power": lambda x: (x.sigmoid() + 1e-6) ** -0.5,
+}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("spread", [1.0, 8.0])
+@pytest.mark.parametrize("name", FRAGILE)
+def test_fragile_results(name: str, spread: float, bits: int) -> None:
+    """Off by 27 times the gradient if they are rounded."""
+    assert error(FRAGILE[name], wide(spread), bits) < 0.01
+
+
+def test_what_only_multiplies_is_rounded() -> None:
+    x, h = wide(1.0), wide(1.0)
+
+    def loss() -> Tensor:
+        y, rows = made(x), made(h)
+        return (y.sigmoid() * rows).sum() + (y.softmax(-1) @ rows.t()).sum() + (y.exp() / 3).sum()
+
+    ledger = compressed(loss, [x, h], 8)[1]
+    assert (
+        codecs(ledger, "Sigmoid.result") == codecs(ledger, "Softmax.result") == codecs(ledger, "Exp.result") == {"int8"}
+    )
+
+
+@pytest.mark.parametrize("function", [torch.sin, torch.cos])
+@pytest.mark.parametrize("turns", [1, 100, 10_000])
+def test_wide_angles(function: Any, turns: float) -> None:
+    """A time encoding's angles go round many times; rounded as they are, 100 turns cost the whole gradient."""
+    x = (torch.rand(40, 64, generator=torch.Generator().manual_seed(0)) * 6.28 * turns).requires_grad_()
+    assert error(function, x, 8) < 0.02
+    assert error(function, x, 2) < 0.3
+
+
+KINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "selu": F.selu,
+    "elu 0.1": lambda x: F.elu(x, 0.1),
+    "hardswish": lambda x: F.hardswish(x + 3),
+    "prelu": lambda x: F.prelu(x, torch.tensor([0.1])),
+    "softsign": F.softsign,
+    "huber": lambda x: F.huber_loss(x, torch.zeros_like(x), delta=0.01),
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_kinks(name: str) -> None:
+    """Values near a kink, in groups whose range is large: rounding moves them across."""
+    x = wide(0.02).detach()
+    x[:, 0] = 3.0
+    assert error(KINKS[name], x.requires_grad_(), 8) < 0.01
+
+
+class Unknown(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_custom_functions_get_8_bits(bits: int) -> None:
+    x = wide(1.0)
+    assert codecs(compressed(lambda: Unknown.apply(made(x)).sum(), [x], bits)[1], "Unknown.tensors") == {"int8"}
+    assert error(Unknown.apply, x, bits) < 0.01
+
+
+def test_who_knows_a_custom_function_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_tinykg.activations.rules import EXACT, RULES
+
+    monkeypatch.setitem(RULES, "Unknown", {"tensors": EXACT})
+    assert error(Unknown.apply, wide(1.0), 2) == 0
