@@ -1,6 +1,8 @@
 # make demo     makes the environment and trains KGAT uncompressed, at 8 and at 2 bits, side by side
 # make test     makes the environment and runs the gate: ruff, mypy, pytest
 # make test-all the same with the slow tests
+# make conformance  PyTorch's whole operator database and every PyG layer under compression; writes docs/ops.md
+# make protections  takes each protection out, and shows that a test fails then
 # make bench    the memory benchmark: ratio and gradient error
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +11,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint conformance protections bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -24,6 +26,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+conformance: $(READY)
+	$(BIN)/python tests/conformance/document.py --workers $(WORKERS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow tests/conformance/test_layers.py
+
+protections: $(READY)
+	$(BIN)/python tests/conformance/protections.py --workers $(WORKERS)
 
 bench: $(READY)
 	$(BIN)/python examples/benchmarks/memory.py

@@ -200,6 +200,7 @@ def _is_ours(step: Any) -> TypeGuard[partial[Any]]:
 def _compressed_step(callback: TinyKGCallback, training_step: Any, *args: Any, **kwargs: Any) -> Any:
     """The strategy's training step, in the context. A plain ``with``: whatever happens in it, it is left."""
     with callback._compression as callback.ledger:
+        callback._compression.hold(args, kwargs)
         return training_step(*args, **kwargs)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -135,17 +136,32 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        pytest.param(Small, {}, id="plain"),
-        pytest.param(Small, {"accumulate_grad_batches": 2}, id="accumulation"),
-        pytest.param(Small, {"precision": "bf16-mixed", "gradient_clip_val": 0.1}, id="bf16-mixed-clipped"),
-        pytest.param(Unused, {"strategy": "ddp_fork_find_unused_parameters_true"}, id="find-unused"),
-    ],
-)
-def test_ranks_agree_on_weights_and_differ_in_noise(tmp_path: Path, kind: Any, options: dict[str, Any]) -> None:
-    first, second = fit(tmp_path, tiny(bits=2), kind(), **options)
+def ddp(**options: Any) -> dict[str, Any]:
+    """Options of a Trainer: DDP with these settings, on forked processes."""
+    return {"strategy": DDPStrategy(start_method="fork", process_group_backend="gloo", **options)}
+
+
+# made anew by each fit, since a strategy belongs to one Trainer
+WAYS: dict[str, tuple[type[Small], Callable[[], dict[str, Any]]]] = {
+    "plain": (Small, dict),
+    "accumulation": (Small, lambda: {"accumulate_grad_batches": 2}),
+    "bf16-mixed-clipped": (Small, lambda: {"precision": "bf16-mixed", "gradient_clip_val": 0.1}),
+    "double": (Small, lambda: {"precision": "64-true"}),
+    "find-unused": (Unused, lambda: ddp(find_unused_parameters=True)),
+    "find-unused-accumulation": (Unused, lambda: ddp(find_unused_parameters=True) | {"accumulate_grad_batches": 2}),
+    "static-graph": (Small, lambda: ddp(static_graph=True)),
+    "bucket-view": (Small, lambda: ddp(gradient_as_bucket_view=True)),
+    "bucket-view-bf16-accumulation": (
+        Small,
+        lambda: ddp(gradient_as_bucket_view=True) | {"precision": "bf16-mixed", "accumulate_grad_batches": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_agree_on_weights_and_differ_in_noise(tmp_path: Path, way: str) -> None:
+    kind, options = WAYS[way]
+    first, second = fit(tmp_path, tiny(bits=2), kind(), **options())
     assert first["weights"] == second["weights"]
     assert first["losses"] == second["losses"]  # the batches are the same, and the forward is exact
     assert len(first["grads"]) == 4
@@ -156,14 +172,17 @@ def test_ranks_agree_on_weights_and_differ_in_noise(tmp_path: Path, kind: Any, o
     assert first["metrics"]["tinykg/ratio"] > 3
 
 
-def test_exact_mode_is_exact_on_two_ranks(tmp_path: Path) -> None:
-    plain = fit(tmp_path / "plain", None)
-    exact = fit(tmp_path / "exact", tiny(bits=32))
+@pytest.mark.parametrize("way", WAYS)
+def test_exact_mode_is_exact_on_two_ranks(tmp_path: Path, way: str) -> None:
+    kind, options = WAYS[way]
+    plain = fit(tmp_path / "plain", None, kind(), **options())
+    exact = fit(tmp_path / "exact", tiny(bits=32), kind(), **options())
     for a, b in zip(plain, exact, strict=True):
         assert a["weights"] == b["weights"]
         assert a["grads"] == b["grads"]
         assert a["losses"] == b["losses"]
-    compressed = fit(tmp_path / "compressed", tiny(bits=2))
+    assert len({rank["weights"] for rank in exact}) == 1
+    compressed = fit(tmp_path / "compressed", tiny(bits=2), kind(), **options())
     assert compressed[0]["weights"] != plain[0]["weights"]
     assert compressed[0]["losses"][0] == plain[0]["losses"][0]
 

@@ -13,7 +13,7 @@ from torch import distributed, nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
 from lightning_tinykg.activations.keeper import Keeper
-from lightning_tinykg.activations.keeping import Saved
+from lightning_tinykg.activations.keeping import Saved, not_compiled
 from lightning_tinykg.activations.ledger import Ledger
 from lightning_tinykg.activations.modules import ModuleTracker, Pattern, check_modules, unmatched
 from lightning_tinykg.activations.observer import THREAD, Observer, Thread
@@ -26,6 +26,14 @@ _ADVICE = (
     "compress_activations works by saved-tensor hooks. torch.func.grad, vjp, jacrev and hessian, and "
     "disable_saved_tensors_hooks, run only where there are none. Put that part within "
     "`with lightning_tinykg.keep_exact(hooks=False):`, or use torch.autograd.grad, which is compressed like the rest."
+)
+
+
+_AT_ONCE = (
+    "a compiled graph unpacks all that it saved at once, at the start of its backward. More than half of what this "
+    "forward saved is in a single one: it takes less memory from the forward to the backward, but the peak of the "
+    "backward is no lower than uncompressed. Compile layer by layer, `for layer in model.layers: layer.compile()` "
+    "instead of `torch.compile(model)`: then one layer at a time is unpacked."
 )
 
 
@@ -43,6 +51,9 @@ class compress_activations:
 
     It is entered for the thread that enters it. Contexts nest, the innermost decides, and :func:`keep_exact` opts a
     region out.
+
+    A compiled module stays compiled. Its ops are not seen, so what it saves is kept as what is not known is. Compile
+    layer by layer: a compiled graph unpacks all that it saved at once, at the start of its backward.
 
     Args:
         bits: width of what is rounded: 1, 2, 4 or 8; 32 is the exact mode, where only lossless forms are used and
@@ -106,9 +117,11 @@ class compress_activations:
         """Which process this is, each of which has its own noise. None: the rank in torch.distributed, if that runs."""
         self._entries: dict[int, list[tuple[Observer, ExitStack]]] = {}  # by thread
         self._matched = not modules
+        self._told_at_once = False
         if modules and root is not None:
             check_modules(modules, root)
 
+    @not_compiled
     def __enter__(self) -> Ledger:
         """Start compressing; returns the ledger of what this entry keeps."""
         ledger = Ledger()
@@ -140,6 +153,7 @@ class compress_activations:
         self.step += 1
         return ledger
 
+    @not_compiled
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
         thread = threading.get_ident()
         if thread not in self._entries:
@@ -162,6 +176,21 @@ class compress_activations:
             self._matched = True  # or told once
             if message := unmatched(self.modules or (), outermost):
                 warnings.warn(message, stacklevel=2)
+        if exc is None and not self._told_at_once and observer.unpacks_at_once:
+            self._told_at_once = True
+            warnings.warn(_AT_ONCE, stacklevel=2)
+
+    def hold(self, *values: Any) -> None:
+        """Count tensors as the user's: they are referred to, not copied. Has to be called within the context.
+
+        It need not be called for what is given to a module, or to an op that is seen. A compiled step takes its batch
+        unseen.
+
+        Args:
+            values: tensors, or lists, tuples and dicts of them.
+        """
+        observer, _ = self._entries[threading.get_ident()][-1]
+        observer.tracker.hold(values)
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint of a training loop needs to hold, in plain primitives: the number of entries so far.

@@ -18,7 +18,15 @@ from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Re
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
 from lightning_tinykg.activations.rules import ANGLE, EXACT, LINEAR, MASK, SHAPE, SIGN, Need, Rule, Side, rule_for
-from lightning_tinykg.activations.storages import Layout, Provenance, is_plain, node_name, storage_id, tensors_in
+from lightning_tinykg.activations.storages import (
+    Layout,
+    Provenance,
+    is_freed,
+    is_plain,
+    node_name,
+    storage_id,
+    tensors_in,
+)
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
 from lightning_tinykg.codecs.lossless import (
@@ -52,6 +60,7 @@ class Keeper:
     def __init__(
         self, *, bits: int, group_size: int | None, min_bytes: int, by_rules: bool, key: int, ledger: Ledger
     ) -> None:
+        self.ledger = ledger
         self.provenance = Provenance()
         self._widths = Widths(bits, group_size)
         self._min_bytes = min_bytes
@@ -95,7 +104,7 @@ class Keeper:
 
     # -- what is kept -------------------------------------------------------------------------------------------
 
-    def keep(self, saved: Saved, node: Any, attribute: str, inputs: list[Tensor] | None, op: str) -> None:
+    def keep(self, saved: Saved, node: Any, attribute: str, inputs: list[Tensor] | None, op: str) -> Entry:
         """Keep a save whose node and attribute are known (or None).
 
         Args:
@@ -104,9 +113,14 @@ class Keeper:
             attribute: its saved attribute.
             inputs: the inputs of the op that saved it, or None where that is not known.
             op: name of the Python-level function.
+
+        Returns:
+            Its entry in the ledger.
         """
         tensor = saved.raw()
         where = f"{node_name(node)}.{attribute}" if node is not None else "unknown"
+        if node is None and saved.function:
+            where = f"{saved.function}.tensors"
         entry = self._books.enter(saved.module, where, "reference", tensor)
         if not is_plain(tensor) or tensor._version != saved.version:
             # what was changed within its op raises when it is unpacked, as autograd would
@@ -126,6 +140,7 @@ class Keeper:
             saved.fill(kept)
             if where in FRAGILE and isinstance(kept, Coded) and kept.record.bits < 32:
                 self._fragile[storage_id(tensor)] = kept.record
+        return entry
 
     def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any) -> Kept:
         """The cheapest form that serves the rule."""
@@ -292,7 +307,9 @@ class Keeper:
     def _kept_record(self, ingredient: Ingredient, least: int) -> Record | None:
         """The record of an ingredient, if it is kept well enough already."""
         record = self._books.find(ingredient.storage.cdata, ingredient.layout, ingredient.dtype, ingredient.version)
-        return record if record is not None and record.bits >= least else None
+        if record is None or record.bits < least:
+            return None
+        return None if record.reference is not None and is_freed(record.reference.alias) else record
 
     def _own_cost(self, tensor: Tensor, rule: Rule, least: int) -> int:
         """The bytes of a tensor's own code."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -164,6 +164,26 @@ def _restored(argument: Any) -> Any:
     return argument
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def not_compiled(function: _Function) -> _Function:
+    """Have torch.compile never make a graph of a function by itself, nor of what that calls.
+
+    After a graph break, and in a frame that can't be traced, the rest runs as it is written, and torch.compile tries
+    each function that is called there: the hooks and the observer too, whose graphs would be of no use, or fail. Where
+    an op is traced, the observer is still traced with it.
+
+    Args:
+        function: the function, which stays as it is.
+    """
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):  # since PyTorch 2.7
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    return function
+
+
 class Saved:
     """What autograd is given in a tensor's place; filled in once the op that saves it is known.
 
@@ -174,9 +194,11 @@ class Saved:
         module: path of the module that saved it.
         exact: whether that module is left out of compression.
         attempts: how often no op has claimed it.
+        function: the custom function that saved it, by class name: ``CompiledFunction`` is a compiled graph.
+        call: a number that all saves of one call of that function share.
     """
 
-    __slots__ = ("__weakref__", "attempts", "exact", "kept", "module", "tensor", "version")
+    __slots__ = ("__weakref__", "attempts", "call", "exact", "function", "kept", "module", "tensor", "version")
 
     def __init__(self, tensor: Tensor, module: str, exact: bool) -> None:
         self.tensor: Tensor | None = tensor
@@ -185,6 +207,8 @@ class Saved:
         self.module = module
         self.exact = exact
         self.attempts = 0
+        self.function = ""
+        self.call = -1
 
     def raw(self) -> Tensor:
         """The tensor, while it is not encoded."""
@@ -195,6 +219,7 @@ class Saved:
         """Let go of the tensor for what is kept of it."""
         self.kept, self.tensor = kept, None
 
+    @not_compiled
     def unpack(self) -> Tensor:
         """Give autograd the tensor back, as often as it asks.
 

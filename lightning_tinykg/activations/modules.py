@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_tinykg.activations.keeping import not_compiled
 from lightning_tinykg.activations.storages import Provenance, tensors_in, unwrapped
 
 Pattern = str | type[nn.Module]
@@ -29,11 +30,10 @@ class ModuleTracker:
         self._provenance = provenance
         self._include, self._exclude = _split(modules or ())
         self._names: dict[int, str] = _names(root) if root is not None else {}
-        self._outside = type(_within(root)).__name__ if root is not None else ""
+        self._outside = _class(_within(root)).__name__ if root is not None else ""
         # the root itself need not be called: a LightningModule's training_step is a mere method
         self._decided = self._decide(_within(root), self._outside, None) if root is not None else None
         self._stack: list[tuple[nn.Module, str, bool | None]] = []
-        self._hooks: list[Any] = []
         self._thread = threading.get_ident()
 
     @property
@@ -48,25 +48,33 @@ class ModuleTracker:
         return not self._include if decided is None else decided
 
     def __enter__(self) -> None:
-        self._hooks = [
-            nn.modules.module.register_module_forward_pre_hook(self._enter),
-            nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
-        ]
+        with _LOCK:
+            _TRACKERS.append(self)
+            for hooks, hook in _HOOKS:
+                hooks[_HOOK] = hook
 
     def __exit__(self, *exc_info: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        with _LOCK:
+            _TRACKERS.remove(self)
+            if not _TRACKERS:
+                for hooks, _ in _HOOKS:
+                    del hooks[_HOOK]
         self.outermost = {}  # the graph holds its hooks, and so this
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._is_unseen():
+    def hold(self, values: tuple[Any, ...]) -> None:
+        """Note tensors as the user's."""
+        self._provenance.hold(map(unwrapped, tensors_in(values)))
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module's forward begins."""
+        if self._is_elsewhere():
             return
         if not self._stack:
             self.outermost[id(module)] = module
-            self._provenance.hold(map(unwrapped, tensors_in(args)))
+            self.hold(args)
             if id(module) not in self._names:
                 self._names = _names(module) | self._names  # within a wrapper (DDP) the root's own paths hold
-        path = self._names.get(id(module), type(module).__name__)
+        path = self._names.get(id(module), _class(module).__name__)
         decided = self._stack[-1][2] if self._stack else self._decided
         self._stack.append((module, path, self._decide(module, path, decided)))
 
@@ -76,8 +84,9 @@ class ModuleTracker:
             return False
         return True if any(_matches(module, path, pattern) for pattern in self._include) else decided
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._is_unseen():
+    def leave(self, module: nn.Module) -> None:
+        """A module's forward is over."""
+        if self._is_elsewhere():
             return
         # a module that was not seen to be entered is none of ours, and one that was not seen to be left (an interrupt
         # that was caught) goes with the one around it
@@ -86,9 +95,39 @@ class ModuleTracker:
                 del self._stack[depth:]
                 break
 
-    def _is_unseen(self) -> bool:
+    def _is_elsewhere(self) -> bool:
         """Whether a module runs that is none of ours: its hooks are global, those on saved tensors are a thread's."""
-        return torch.compiler.is_compiling() or threading.get_ident() != self._thread
+        return threading.get_ident() != self._thread
+
+
+# The hooks on modules are the same two functions under the same key, whatever contexts are entered: torch.compile
+# guards on both. With hooks of each entry's own (register_module_forward_hook numbers them) every step compiled its
+# graphs anew, until the recompile limit, and ran eagerly from then on.
+
+_TRACKERS: list[ModuleTracker] = []  # of all contexts that are entered, in any thread
+_LOCK = threading.Lock()
+_HOOK = "lightning_tinykg"
+
+
+@not_compiled
+def _enter_module(module: nn.Module, args: tuple[Any, ...]) -> None:
+    if not torch.compiler.is_compiling():
+        for tracker in list(_TRACKERS):
+            tracker.enter(module, args)
+
+
+@not_compiled
+def _leave_module(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for tracker in list(_TRACKERS):
+            tracker.leave(module)
+
+
+_HOOKS: tuple[tuple[dict[Any, Any], Any], ...] = (
+    (nn.modules.module._global_forward_pre_hooks, _enter_module),
+    (nn.modules.module._global_forward_hooks, _leave_module),
+    (nn.modules.module._global_forward_hooks_always_called, True),
+)
 
 
 _WRAPPERS = {
@@ -133,12 +172,12 @@ def unmatched(modules: Sequence[Pattern], roots: dict[int, nn.Module]) -> str:
         if any(_matches(module, path, pattern) for path, module in found):
             continue
         written = repr(sign + pattern) if isinstance(pattern, str) else pattern.__name__
-        names = sorted({path for path, _ in found} | {type(module).__name__ for _, module in found})
+        names = sorted({path for path, _ in found} | {_class(module).__name__ for _, module in found})
         near = get_close_matches(pattern if isinstance(pattern, str) else pattern.__name__, names, cutoff=0.5)
         told = (
             f"the nearest: {', '.join(map(repr, near))}" if near else f"there are: {', '.join(map(repr, names[:20]))}"
         )
-        of = " or ".join(type(_within(root)).__name__ for root in roots.values())
+        of = " or ".join(_class(_within(root)).__name__ for root in roots.values())
         messages.append(f"modules: {written} matches no module of {of}; {told}")
     return "; ".join(messages)
 
@@ -161,7 +200,7 @@ def _paths(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """A module, which goes by its class, and all within it; wrappers around it are no part of a path."""
     root = _within(root)
     for name, module in root.named_modules():
-        yield ".".join(part for part in name.split(".") if part not in _WRAPPED) or type(root).__name__, module
+        yield ".".join(part for part in name.split(".") if part not in _WRAPPED) or _class(root).__name__, module
 
 
 def _names(root: nn.Module) -> dict[int, str]:
@@ -169,7 +208,13 @@ def _names(root: nn.Module) -> dict[int, str]:
     return {id(module): path for path, module in _paths(root)}
 
 
+def _class(module: nn.Module) -> type[nn.Module]:
+    """A module's class as its author wrote it: FSDP2 makes an ``FSDPLinear(FSDPModule, Linear)`` of a ``Linear``."""
+    kind = type(module)
+    return kind.__bases__[1] if len(kind.__bases__) == 2 and kind.__bases__[0].__name__ == "FSDPModule" else kind
+
+
 def _matches(module: nn.Module, path: str, pattern: Pattern) -> bool:
     if isinstance(pattern, str):
-        return fnmatchcase(path, pattern) or type(module).__name__ == pattern
+        return fnmatchcase(path, pattern) or _class(module).__name__ == pattern
     return isinstance(module, pattern)

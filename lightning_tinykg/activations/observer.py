@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_tinykg.activations.keeper import Keeper
-from lightning_tinykg.activations.keeping import Reference, Saved
+from lightning_tinykg.activations.keeping import Reference, Saved, not_compiled
+from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.modules import ModuleTracker
 from lightning_tinykg.activations.storages import tensors_in, unwrapped
 
@@ -41,6 +43,9 @@ class Thread(threading.local):
 THREAD = Thread()
 
 
+_APPLY = torch.autograd.Function.apply.__func__.__code__
+
+
 class Observer(TorchFunctionMode):
     """Sees each op, and so knows exactly which op saved what.
 
@@ -58,34 +63,48 @@ class Observer(TorchFunctionMode):
         self._pending: list[weakref.ref[Saved]] = []
         self._floor = torch.autograd._get_sequence_nr()
         self._left = False
+        self._graphs: dict[int, list[Entry]] = {}  # what each compiled graph saved
 
+    @property
+    def unpacks_at_once(self) -> bool:
+        """Whether most of what was saved comes back at once: at the start of one compiled graph's backward."""
+        graphs = [sum(entry.raw_bytes for entry in entries) for entries in self._graphs.values()]
+        return 2 * max(graphs, default=0) > self._keeper.ledger.raw_bytes
+
+    @not_compiled
     def pack(self, tensor: Tensor) -> Saved:
         """Autograd saves a tensor."""
         exact = bool(self.exact) or not self.tracker.covers
         if THREAD.exact and self not in THREAD.observers:
             exact = True
         saved = Saved(tensor, self.tracker.path, exact=exact)
+        caller = sys._getframe(1)
+        if caller.f_code is _APPLY:
+            saved.function, saved.call = caller.f_locals["cls"].__name__, torch.autograd._get_sequence_nr()
         if self._left:  # out of order, which was told; there is nobody any more to encode it
             _keep_as_it_is(saved)
         else:
             self._pending.append(weakref.ref(saved))
         return saved
 
+    @not_compiled
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or self._left:  # an op of a graph that is being traced runs, and saves, later
+        # an op of a graph that is being traced runs, and saves, later
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or self._left:
             return func(*args, **kwargs)
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         seen_args, seen_kwargs = _beneath((args, kwargs)) if transformed else (args, kwargs)
-        if self._pending:  # saved by something that is no op: a custom function, a compiled graph
+        # saved by something that is no op: a custom function, a compiled graph (which reads attributes first)
+        if self._pending and getattr(func, "__name__", "") != "__get__":
             self._claim(tensors_in((seen_args, seen_kwargs)), None, "")
         with _aside() if transformed else nullcontext():
             self._keeper.before(func, seen_args, seen_kwargs)
         out = func(*args, **kwargs)
         if not isinstance(out, (Tensor, tuple, list)):
-            if self._pending:  # an assignment to an index has no result, but changes its first argument
+            if self._pending and out is None:  # an assignment to an index, which changes its first argument
                 inputs = list(tensors_in((seen_args, seen_kwargs)))
                 self._claim(inputs, inputs, "")
             return out
@@ -109,27 +128,32 @@ class Observer(TorchFunctionMode):
         pending = {id(saved): saved for reference in self._pending if (saved := reference()) is not None}
         for saved, node, attribute in _named_saves(roots, self._floor):
             if pending.pop(id(saved), None) is not None:
-                self._keeper.keep(saved, node, attribute, inputs, op)
+                self._keep(saved, node, attribute, inputs, op)
                 if not pending:
                     break
         self._pending = []
         for saved in pending.values():
-            saved.attempts += 1
+            saved.attempts += bool(inputs)  # an op has run
             if saved.attempts > _PATIENCE:
-                self._keeper.keep(saved, None, "", None, "")
+                self._keep(saved, None, "", None, "")
             else:
                 self._pending.append(weakref.ref(saved))
-        if not self._pending:
+        if not self._pending and inputs is not None:  # else it may be in a custom function, whose node is older
             self._floor = torch.autograd._get_sequence_nr()
+
+    def _keep(self, saved: Saved, node: Any, attribute: str, inputs: list[Tensor] | None, op: str) -> None:
+        entry = self._keeper.keep(saved, node, attribute, inputs, op)
+        if saved.function == "CompiledFunction":
+            self._graphs.setdefault(saved.call, []).append(entry)
 
     def leave(self, exc_type: Any, exc: Any, traceback: Any) -> None:
         """The forward is over: encode what no op has claimed, unless it failed and hardly anybody will ask for it."""
         with _aside():
             for reference in self._pending:
-                if (saved := reference()) is None:
+                if (saved := reference()) is None or saved.kept is not None:
                     continue
                 if exc_type is None:
-                    self._keeper.keep(saved, None, "", None, "")
+                    self._keep(saved, None, "", None, "")
                 else:
                     _keep_as_it_is(saved)
         self._left = True
@@ -168,7 +192,10 @@ def _named_saves(roots: Iterable[Tensor], floor: int) -> Iterator[tuple[Saved, A
             continue
         seen.add(node)
         for name, attribute in _raw_attributes(type(node)):
-            raw = getattr(node, attribute)
+            try:
+                raw = getattr(node, attribute)
+            except RuntimeError:  # its backward has run, and let go of it
+                break
             for item in raw if isinstance(raw, (tuple, list)) else (raw,):
                 data = item.data if item is not None else None
                 if isinstance(data, Saved):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
-from lightning_tinykg.activations.storages import Layout, is_plain, is_users_weight, storage_id
+from lightning_tinykg.activations.storages import Layout, is_freed, is_plain, is_users_weight, storage_id
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +61,7 @@ class Ingredient:
     def tensor(self) -> Tensor | None:
         """The tensor, if it is still there and still what it was."""
         base = self.find()
-        if base is None or base._version != self.version:
+        if base is None or base._version != self.version or is_freed(base):
             return None
         same = base.shape == self.shape and base.stride() == self.stride and base.storage_offset() == self.offset
         return base if same else base.as_strided(self.shape, self.stride, self.offset)

@@ -116,7 +116,7 @@ def step(model: nn.Module, context: compress_activations, end: str = "backward")
 @pytest.mark.parametrize("bits", [2, 32])
 @pytest.mark.parametrize("fresh", [False, True], ids=["reused", "fresh"])
 def test_many_steps_do_not_grow(bits: int, fresh: bool) -> None:
-    """Not by one object, and not by one storage."""
+    """Not by an object in ten steps, and not by one storage."""
     model, context = Model(), compress_activations(bits=bits, min_bytes=0)
 
     def run(steps: int) -> None:
@@ -126,7 +126,7 @@ def test_many_steps_do_not_grow(bits: int, fresh: bool) -> None:
     run(5)  # caches fill: of node classes, of kernels
     before = objects()
     run(STEPS)
-    assert objects() <= before
+    assert objects() - before < STEPS / 10  # what leaks does so in each step; other threads have objects as well
     assert not alive(*OURS)
     with LiveBytes() as live:
         run(5)

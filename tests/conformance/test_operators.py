@@ -1,0 +1,38 @@
+"""PyTorch's own operator database, under compression: a fast sample, and (``make conformance``) all of it."""
+
+from itertools import islice
+
+import pytest
+import torch
+from checking import Report, check
+from operators import NAMES, cases, check_operator
+
+SAMPLED = 40
+"""Parts that the fast sample comes in."""
+
+
+@pytest.mark.parametrize("part", range(SAMPLED))
+def test_fast_sample(part: int) -> None:
+    """The first two samples of each operator, at each width."""
+    report = Report()
+    for name in NAMES[part::SAMPLED]:
+        for case in islice(cases(name, torch.float32), 2):
+            report.add(check(case, z_tests=()))
+    assert report.failures == []
+    assert report.steps > 0
+
+
+@pytest.mark.parametrize("name", ["mm", "bmm", "expm1", "nn.functional.linear"])
+def test_fast_sample_is_unbiased(name: str) -> None:
+    report = Report()
+    for case in islice(cases(name, torch.float32), 2):
+        report.add(check(case, widths=(2,)))
+    assert report.failures == []
+    assert report.tests
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", NAMES)
+def test_operator(name: str) -> None:
+    assert check_operator(name).failures == []
