@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from lightning_tinykg.activations import Ledger, compress_activations
 from lightning_tinykg.activations.ledger import MIB
-from lightning_tinykg.activations.modules import check_modules
+from lightning_tinykg.activations.modules import check_modules, check_plan
+from lightning_tinykg.bits import BitPlan, Schedule
 
 
 class TinyKGCallback(Callback):
@@ -28,7 +29,7 @@ class TinyKGCallback(Callback):
 
     **Logged metrics**, each training step, to any logger and to ``trainer.callback_metrics``:
 
-    - ``tinykg/bits``: the width in force.
+    - ``tinykg/bits``: the width in force; of a plan, that of what no entry names.
     - ``tinykg/raw_mib``: what the uncompressed graph would keep alive between forward and backward, MiB.
     - ``tinykg/stored_mib``: what is kept instead, all metadata included, MiB.
     - ``tinykg/ratio``: the first over the second.
@@ -39,7 +40,9 @@ class TinyKGCallback(Callback):
 
     Args:
         bits: width of what is rounded: 1, 2, 4 or 8; 32 uses lossless forms only, and gradients are those of an
-            uncompressed run to the last bit. The default, 8, is safe for any model; the paper's headline is 2.
+            uncompressed run to the last bit. The default, 8, is safe for any model; the paper's headline is 2. Or a
+            schedule, which goes by optimizer steps (batches after which an optimizer stepped, however many there are)
+            or epochs; or a plan of widths and schedules by module and by what was saved.
         group_size: consecutive elements that share a scale and a zero point. None: 64, or 32 at 1 and 2 bits.
         seed: seed of the rounding's private noise. Steps and ranks draw different noise from it.
         min_bytes: tensors smaller than this are kept as they are.
@@ -64,7 +67,7 @@ class TinyKGCallback(Callback):
 
     def __init__(
         self,
-        bits: int = 8,
+        bits: int | Schedule | BitPlan = 8,
         *,
         group_size: int | None = None,
         seed: int = 0,
@@ -81,12 +84,19 @@ class TinyKGCallback(Callback):
         self._compression = compress_activations(
             bits, group_size=group_size, seed=seed, min_bytes=min_bytes, recipe=recipe, modules=modules
         )
+        self._compression.optimizer_steps = 0
         self._begun: int | None = None  # the noise's step at which the batch began that is being trained on
+        self._global_step = 0  # the Trainer's at that time
 
     @property
     def bits(self) -> int:
-        """The width in force."""
+        """The width in force; in a plan, that of what no entry names."""
         return self._compression.bits
+
+    @property
+    def plan(self) -> BitPlan:
+        """Which bits where."""
+        return self._compression.plan
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -115,12 +125,13 @@ class TinyKGCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse ``modules`` that the module, now complete, has none of.
+        """Refuse ``modules`` and layers of a plan that the module, now complete, has none of.
 
         Raises:
             ValueError: if one of them matches no module.
         """
         check_modules(self._compression.modules or (), pl_module)
+        check_plan(self._compression.plan, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -149,21 +160,27 @@ class TinyKGCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note the step of the noise, in case that the batch is not finished."""
+        """Note the step of the noise, in case that the batch is not finished, and what schedules go by."""
         self._begun = self._compression.step
+        self._global_step = trainer.global_step
+        self._compression.epoch = trainer.current_epoch
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what the step kept."""
+        """Log what the step kept, and count it if an optimizer stepped."""
         self._begun = None
+        bits = self.bits
+        if trainer.global_step > self._global_step:  # by two, with two optimizers
+            assert self._compression.optimizer_steps is not None
+            self._compression.optimizer_steps += 1
         if self.ledger is None:
             return
         if self.largest is None or self.ledger.raw_bytes > self.largest.raw_bytes:
             self.largest = self.ledger
         metrics = {
-            "tinykg/bits": float(self.bits),
+            "tinykg/bits": float(bits),
             "tinykg/raw_mib": self.ledger.raw_bytes / MIB,
             "tinykg/stored_mib": self.ledger.stored_bytes / MIB,
             "tinykg/ratio": self.ledger.ratio,
@@ -184,7 +201,7 @@ class TinyKGCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The step counter, from which the noise is made: a resumed run draws on where it stopped."""
+        """The counters that noise and schedules are made from: a resumed run goes on where it stopped."""
         return self._compression.state_dict()
 
     @override

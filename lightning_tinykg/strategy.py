@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import (
 )
 from typing_extensions import override
 
+from lightning_tinykg.bits import BitPlan, Schedule
 from lightning_tinykg.callback import TinyKGCallback
 
 
@@ -42,7 +43,7 @@ class _Compressed:
     def __init__(
         self,
         *args: Any,
-        bits: int = 8,
+        bits: int | Schedule | BitPlan = 8,
         group_size: int | None = None,
         seed: int = 0,
         min_bytes: int = 1024,

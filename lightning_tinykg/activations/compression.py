@@ -17,7 +17,8 @@ from lightning_tinykg.activations.keeping import Saved, not_compiled
 from lightning_tinykg.activations.ledger import Ledger
 from lightning_tinykg.activations.modules import ModuleTracker, Pattern, check_modules, unmatched
 from lightning_tinykg.activations.observer import THREAD, Observer, Thread
-from lightning_tinykg.bits.schedule import check_bits
+from lightning_tinykg.bits.plan import BitPlan, bits_now
+from lightning_tinykg.bits.schedule import WIDTHS, Schedule, check_bits
 from lightning_tinykg.codecs.noise import make_key
 
 RECIPES = ("rules", "paper")
@@ -57,7 +58,9 @@ class compress_activations:
 
     Args:
         bits: width of what is rounded: 1, 2, 4 or 8; 32 is the exact mode, where only lossless forms are used and
-            gradients equal the uncompressed ones to the last bit.
+            gradients equal the uncompressed ones to the last bit. A :class:`~lightning_tinykg.bits.Schedule` counts
+            the entries as steps, unless :attr:`optimizer_steps` says otherwise. A
+            :class:`~lightning_tinykg.bits.BitPlan` gives bits by module and by what was saved (``Mul.self``).
         group_size: consecutive elements that share a scale and a zero point. None: 64, or 32 at 1 and 2 bits.
         seed: seed of the noise, which is private: PyTorch's generators are not touched.
         min_bytes: tensors smaller than this are kept as they are.
@@ -84,7 +87,7 @@ class compress_activations:
 
     def __init__(
         self,
-        bits: int = 2,
+        bits: int | Schedule | BitPlan = 2,
         *,
         group_size: int | None = None,
         seed: int = 0,
@@ -93,7 +96,10 @@ class compress_activations:
         modules: Sequence[Pattern] | None = None,
         root: nn.Module | None = None,
     ) -> None:
-        check_bits(bits)
+        if not isinstance(bits, (Schedule, BitPlan)):
+            check_bits(bits)
+        plan = bits if isinstance(bits, BitPlan) else BitPlan(default=bits)
+        plan.check_widths(WIDTHS, "compress_activations")
         if group_size is not None and group_size < 1:
             raise ValueError(f"group_size must be at least 1, or None, got {group_size}")
         if min_bytes < 0:
@@ -102,7 +108,12 @@ class compress_activations:
             raise ValueError(f"recipe must be one of {', '.join(map(repr, RECIPES))}, got {recipe!r}")
         if recipe == "paper" and bits == 32:
             raise ValueError("recipe='paper' has no exact mode: bits must be one of 1, 2, 4, 8, got 32")
-        self.bits = bits
+        self.plan = plan
+        """Which bits where."""
+        self.optimizer_steps: int | None = None
+        """Steps of the optimizer so far, which schedules go by. None: the entries so far."""
+        self.epoch = 0
+        """Epochs so far, which schedules go by that count epochs."""
         self.group_size = group_size
         self.seed = seed
         self.min_bytes = min_bytes
@@ -121,6 +132,17 @@ class compress_activations:
         if modules and root is not None:
             check_modules(modules, root)
 
+    @property
+    def plan_in_force(self) -> BitPlan:
+        """The plan as it is now: widths in place of schedules."""
+        steps = self.step if self.optimizer_steps is None else self.optimizer_steps
+        return self.plan.at(step=steps, epoch=self.epoch)
+
+    @property
+    def bits(self) -> int:
+        """The width in force; in a plan, that of what no entry names."""
+        return bits_now(self.plan_in_force.default)
+
     @not_compiled
     def __enter__(self) -> Ledger:
         """Start compressing; returns the ledger of what this entry keeps."""
@@ -129,7 +151,7 @@ class compress_activations:
         if rank is None:
             rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
         keeper = Keeper(
-            bits=self.bits,
+            plan=self.plan_in_force,
             group_size=self.group_size,
             min_bytes=self.min_bytes,
             by_rules=self.recipe == "rules",
@@ -193,30 +215,37 @@ class compress_activations:
         observer.tracker.hold(values)
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint of a training loop needs to hold, in plain primitives: the number of entries so far.
+        """What a checkpoint of a training loop needs to hold, in plain primitives: the counters.
 
         Example:
             >>> context = compress_activations(bits=2)
             >>> with context:
             ...     pass
             >>> context.state_dict()
-            {'step': 1}
+            {'step': 1, 'epoch': 0}
         """
-        return {"step": self.step}
+        counters = {"step": self.step, "epoch": self.epoch, "optimizer_steps": self.optimizer_steps}
+        return {name: count for name, count in counters.items() if count is not None}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on where :meth:`state_dict` was taken: the next entry draws the noise that it would have drawn there.
+        """Go on where :meth:`state_dict` was taken: the next entry has the noise and the bits that it would have had.
 
         Args:
             state_dict: what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: if it has no ``"step"`` that is an integer of at least 0.
+            ValueError: if it has no ``"step"``, or if a counter is no integer of at least 0.
         """
-        step = state_dict.get("step")
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"state_dict['step'] must be an integer of at least 0, got {step!r} in {state_dict!r}")
-        self.step = step
+        counters = {"epoch": self.epoch, "optimizer_steps": self.optimizer_steps} | {"step": None} | state_dict
+        for name in ("step", "epoch", "optimizer_steps"):
+            count = counters[name]
+            if name == "optimizer_steps" and count is None:
+                continue
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(
+                    f"state_dict[{name!r}] must be an integer of at least 0, got {count!r} in {state_dict!r}"
+                )
+            setattr(self, name, count)
 
 
 @contextmanager

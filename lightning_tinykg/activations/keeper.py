@@ -28,6 +28,7 @@ from lightning_tinykg.activations.storages import (
     tensors_in,
 )
 from lightning_tinykg.activations.widths import Widths
+from lightning_tinykg.bits.plan import BitPlan
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
 from lightning_tinykg.codecs.lossless import (
     Code,
@@ -49,7 +50,7 @@ class Keeper:
     """What one entry of :class:`~lightning_tinykg.activations.compress_activations` keeps.
 
     Args:
-        bits: width of what is rounded; 32 keeps all values exact.
+        plan: which widths where; 32 keeps values exact.
         group_size: elements that share a scale; None: by width.
         min_bytes: what is smaller is kept as it is.
         by_rules: by the table of rules, or every float as in the paper.
@@ -58,11 +59,11 @@ class Keeper:
     """
 
     def __init__(
-        self, *, bits: int, group_size: int | None, min_bytes: int, by_rules: bool, key: int, ledger: Ledger
+        self, *, plan: BitPlan, group_size: int | None, min_bytes: int, by_rules: bool, key: int, ledger: Ledger
     ) -> None:
         self.ledger = ledger
         self.provenance = Provenance()
-        self._widths = Widths(bits, group_size)
+        self._widths = Widths(plan, group_size)
         self._min_bytes = min_bytes
         self._by_rules = by_rules
         self._key = key
@@ -131,6 +132,7 @@ class Keeper:
         else:
             self._books.charge(saved, tensor, entry)
             self._widths.charge(entry.raw_bytes)
+            self._widths.turn_to(saved.module, where)
             if saved.exact:
                 kept = self._choose(tensor, EXACT, entry, op, node)
             elif self._by_rules:
@@ -334,7 +336,8 @@ class Keeper:
         """TinyKG to the letter: every float, each save for itself, row by row, float32 scale and zero point."""
         layout = replace(Layout.of(tensor), dense=False)  # rows are the tensor's, however it lies in memory
         run = layout.run(tensor)
-        if tensor.dtype not in FLOAT_DTYPES or run.numel() == 0 or run.nbytes < self._min_bytes:
+        small = run.numel() == 0 or run.nbytes < self._min_bytes
+        if tensor.dtype not in FLOAT_DTYPES or small or self._widths.bits == 32:
             return self._exact(tensor, entry)
         width = run.shape[-1] if run.dim() else 1
         code = quantize(run, self._widths.bits, key=self._next_key(), group_size=width, metadata=torch.float32)

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_tinykg.activations.keeping import not_compiled
 from lightning_tinykg.activations.storages import Provenance, tensors_in, unwrapped
+from lightning_tinykg.bits.plan import BitPlan, PlanEntry
 
 Pattern = str | type[nn.Module]
 """A module's path (wildcards allowed), its class's name, or its class; a string that starts with ``!`` excludes."""
@@ -161,6 +162,22 @@ def check_modules(modules: Sequence[Pattern], root: nn.Module) -> None:
     """
     if message := unmatched(modules, {id(root): root}):
         raise ValueError(message)
+
+
+def check_plan(plan: BitPlan, root: nn.Module) -> None:
+    """Refuse a plan with a layer that there is none of.
+
+    Raises:
+        ValueError: naming the entries, and the nearest layers.
+
+    Example:
+        >>> check_plan(BitPlan({("haed", "Mm.self"): 8}), nn.ModuleDict({"head": nn.Linear(2, 2)}))
+        Traceback (most recent call last):
+        ...
+        ValueError: these entries of the plan match nothing: haed (nearest: head)
+    """
+    layers = BitPlan([PlanEntry(entry.bits, entry.layer) for entry in plan.entries])
+    layers.check((path,) for path, _ in _paths(root))
 
 
 def unmatched(modules: Sequence[Pattern], roots: dict[int, nn.Module]) -> str:

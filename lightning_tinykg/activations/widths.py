@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from torch import Tensor
 
 from lightning_tinykg.activations.rules import ANGLE, EXACT, SMOOTH, UNKNOWN, Need, Rule
 from lightning_tinykg.activations.storages import Layout
+from lightning_tinykg.bits.plan import BitPlan, Place, bits_now
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantized_size
 from lightning_tinykg.codecs.packing import BITS
 
@@ -22,16 +24,31 @@ class Widths:
     """The widths of one forward.
 
     Args:
-        bits: the width that is asked for; 32 keeps all values exact.
+        plan: what is asked for, by module, autograd node with attribute (``Mul.self``), and the how-manieth save of
+            that module's node. A width of 32 keeps values exact. An entry that names the node is taken at its word;
+            others, and the default, say how many bits features get, and what is more delicate gets more.
         group_size: elements that share a scale; None: by width.
     """
 
-    def __init__(self, bits: int, group_size: int | None) -> None:
-        self.bits = bits
+    def __init__(self, plan: BitPlan, group_size: int | None) -> None:
+        self.bits = bits_now(plan.default)
+        self._literal = False
+        self._plan = plan
+        self._saves: Counter[tuple[str, str]] = Counter()
         self._group_size = group_size
         self._raw_bytes = 0
         self._largest = 0
         self._extra = 0
+
+    def turn_to(self, module: str, component: str) -> None:
+        """What follows is about the next save of a module's node."""
+        if not self._plan.entries:
+            return
+        place = Place(module, component, str(self._saves[module, component]))
+        self._saves[module, component] += 1
+        entry = self._plan.entry_for(place)
+        self.bits = bits_now(entry.bits)
+        self._literal = entry.component != "*"
 
     def charge(self, raw_bytes: int) -> None:
         """Note a tensor that the uncompressed graph would keep."""
@@ -48,6 +65,8 @@ class Widths:
         """
         if self.bits == 32 or rule is EXACT or not isinstance(rule, Need) or tensor.dtype not in FLOAT_DTYPES:
             return 32
+        if self._literal:
+            return self.bits
         if rule is UNKNOWN:
             return 8
         narrow = tensor.dim() < 2 or tensor.shape[-1] < NARROW
@@ -64,8 +83,8 @@ class Widths:
         such extras together stay below a hundredth of the raw bytes. The score head is small and on every path of the
         gradient: this is what keeps its error from all the rest.
         """
-        if least == 32:
-            return 32
+        if least == 32 or self._literal:
+            return least
         wish = self.bits + math.log2(max(self._largest / max(layout.numel * itemsize, 1), 1.0))
         better = min((width for width in BITS if width >= least), key=lambda width: abs(width - wish))
         return better if self._with(layout, better, least) <= self._raw_bytes // 100 else least

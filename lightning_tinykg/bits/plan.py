@@ -35,7 +35,7 @@ class Place(NamedTuple):
     topology: str = ""
 
     def __str__(self) -> str:
-        return " / ".join(self)
+        return " / ".join(part for part in self if part not in ("", "*")) or "*"
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,19 @@ class BitPlan:
             entries = [PlanEntry(bits, *pattern) for pattern, bits in patterns.items()]
         self.entries = tuple(entries)
         self.default = PlanEntry(default).bits
-        self._found: dict[Place, int | Schedule] = {}
+        self._found: dict[Place, PlanEntry] = {}
+        self._at: dict[tuple[int, ...], BitPlan] = {}
+
+    def entry_for(self, place: Place) -> PlanEntry:
+        """The entry that decides about a place: the last that matches, or one of the default."""
+        if place not in self._found:
+            matching = (entry for entry in reversed(self.entries) if entry.matches(place))
+            self._found[place] = next(matching, PlanEntry(self.default))
+        return self._found[place]
 
     def bits_for(self, layer: str, component: str = "", topology: str = "") -> int | Schedule:
         """The bits of a place: a width, or a schedule where the plan has one there."""
-        place = Place(layer, component, topology)
-        if place not in self._found:
-            matching = (entry.bits for entry in reversed(self.entries) if entry.matches(place))
-            self._found[place] = next(matching, self.default)
-        return self._found[place]
+        return self.entry_for(Place(layer, component, topology)).bits
 
     def at(self, step: int = 0, epoch: int = 0) -> BitPlan:
         """The plan as it is after some optimizer steps and epochs: widths in place of schedules.
@@ -121,10 +125,15 @@ class BitPlan:
             >>> BitPlan({"head": StepAnneal({0: 8, 10: 2})}).at(step=10).bits_for("head")
             2
         """
-        if not any(isinstance(bits, Schedule) for bits in self._all_bits()):
+        scheduled = [bits for bits in self._all_bits() if isinstance(bits, Schedule)]
+        if not scheduled:
             return self
-        entries = [PlanEntry(bits_now(entry.bits, step, epoch), *entry.pattern) for entry in self.entries]
-        return BitPlan(entries, bits_now(self.default, step, epoch))
+        # widths change rarely, and what has been looked up before need not be again
+        widths = tuple(bits_now(bits, step, epoch) for bits in scheduled)
+        if widths not in self._at:
+            entries = [PlanEntry(bits_now(entry.bits, step, epoch), *entry.pattern) for entry in self.entries]
+            self._at[widths] = BitPlan(entries, bits_now(self.default, step, epoch))
+        return self._at[widths]
 
     def check(self, places: Iterable[Place | tuple[str, ...]]) -> None:
         """Refuse entries that match none of the places there are.
@@ -135,7 +144,7 @@ class BitPlan:
         Example:
             >>> BitPlan({"haed": 32}).check([("head", "Mm.self", "0"), ("layers.0", "Mm.self", "0")])
             Traceback (most recent call last):
-            ValueError: these entries of the plan match nothing: haed / * / * (nearest: head / Mm.self / 0)
+            ValueError: these entries of the plan match nothing: haed (nearest: head / Mm.self / 0)
         """
         known = [Place(*place) for place in places]
         idle = [entry for entry in self.entries if not any(entry.matches(place) for place in known)]
@@ -234,7 +243,7 @@ class BitPlan:
         return hash(repr(self))
 
 
-def bits_now(bits: int | Schedule, step: int, epoch: int) -> int:
+def bits_now(bits: int | Schedule, step: int = 0, epoch: int = 0) -> int:
     """A width, or what a schedule says after some optimizer steps and epochs.
 
     Example:

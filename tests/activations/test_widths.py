@@ -6,13 +6,14 @@ import torch
 from lightning_tinykg.activations.rules import EXACT, LINEAR, RELU, SMOOTH
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.widths import Widths
+from lightning_tinykg.bits import BitPlan
 
 MIB = 2**20
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_a_rule_asks_for_at_least(bits: int) -> None:
-    widths, rows, coefficients = Widths(bits, None), torch.empty(100, 64), torch.empty(100, 4)
+    widths, rows, coefficients = Widths(BitPlan(default=bits), None), torch.empty(100, 64), torch.empty(100, 4)
     assert widths.least(rows, LINEAR) == bits
     assert widths.least(rows, SMOOTH) >= max(bits, 4)
     assert widths.least(coefficients, LINEAR) >= max(bits, 4)
@@ -21,11 +22,11 @@ def test_a_rule_asks_for_at_least(bits: int) -> None:
 
 
 def test_exact_mode_asks_for_all() -> None:
-    assert Widths(32, None).least(torch.empty(100, 64), LINEAR) == 32
+    assert Widths(BitPlan(default=32), None).least(torch.empty(100, 64), LINEAR) == 32
 
 
 def test_small_tensors_get_more_bits_at_no_more_than_a_hundredth() -> None:
-    widths = Widths(2, None)
+    widths = Widths(BitPlan(default=2), None)
     widths.charge(100 * MIB)
     small = Layout.of(torch.empty(4096, 64))  # 1 MiB
     given, extra = [], 0
@@ -40,7 +41,7 @@ def test_small_tensors_get_more_bits_at_no_more_than_a_hundredth() -> None:
 
 
 def test_equals_get_no_more_than_was_asked_for() -> None:
-    widths = Widths(2, None)
+    widths = Widths(BitPlan(default=2), None)
     layout = Layout.of(torch.empty(4096, 64))
     for _ in range(20):
         widths.charge(MIB)

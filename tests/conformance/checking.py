@@ -44,6 +44,10 @@ BOUND = 0.05
 are saturated and pass next to nothing on, to the norm that it had if they passed on all they get."""
 
 
+LINEAR_NEEDS = {Need.LINEAR.value, Need.MASK.value}
+"""The needs that promise an unbiased gradient of what is rounded; what is rounded for another is bounded."""
+
+
 @dataclass
 class Case:
     """A step to check.
@@ -175,7 +179,7 @@ def _check_width(case: Case, bits: int, want: Tensor, z_test: bool, report: Repo
     fresh = compress_activations(bits, min_bytes=0, seed=2)
     error = sum(relative(_gradients(case, fresh)[0][finite], want[finite]) for _ in range(FEW_DRAWS)) / FEW_DRAWS
     report.errors[bits] = max(report.errors.get(bits, 0.0), error)
-    if "smooth" in needs:
+    if not needs <= LINEAR_NEEDS:
         report.claims.add("bounded")
         if bits == 8 and error > BOUND and case.saturated:
             error *= float(want[finite].norm() / _unsaturated(case)[finite].norm())
@@ -252,7 +256,7 @@ def _pass_all_on(outputs: Sequence[Tensor]) -> None:
             continue
         seen.add(node)
         saved = [name.removeprefix("_raw_saved_") for name in dir(node) if name.startswith("_raw_saved_")]
-        if len(node.next_functions) == 1 and any(rule_for(node, name) is Need.SMOOTH for name in saved):
+        if len(node.next_functions) == 1 and any(rule_for(node, name) in (Need.SMOOTH, Need.ANGLE) for name in saved):
             node.register_hook(lambda out, given: given if out[0].shape == given[0].shape else None)
         nodes.extend(following for following, _ in node.next_functions)
 
