@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -29,10 +30,11 @@ class TinyKGCallback(Callback):
 
     **Logged metrics**, each training step, to any logger and to ``trainer.callback_metrics``:
 
-    - ``tinykg/bits``: the width in force; of a plan, that of what no entry names.
+    - ``tinykg/bits``: the width in force; of a plan, that of what no entry names; under a budget, the mean.
     - ``tinykg/raw_mib``: what the uncompressed graph would keep alive between forward and backward, MiB.
     - ``tinykg/stored_mib``: what is kept instead, all metadata included, MiB.
     - ``tinykg/ratio``: the first over the second.
+    - ``tinykg/predicted_error``: under a budget, the error of the gradient that is expected, relative to its norm.
     - ``tinykg/peak_mib``: on CUDA, the allocator's peak since the fit began, MiB.
 
     At the end of the fit it prints where the bytes were, by module and op, and sends that table and a plot of it to
@@ -43,6 +45,11 @@ class TinyKGCallback(Callback):
             uncompressed run to the last bit. The default, 8, is safe for any model; the paper's headline is 2. Or a
             schedule, which goes by optimizer steps (batches after which an optimizer stepped, however many there are)
             or epochs; or a plan of widths and schedules by module and by what was saved.
+        budget: bytes that a training step may store between forward and backward: a number, a text such as
+            ``"512MiB"`` or ``"10%"``, or a fraction of the raw bytes. The bits are then chosen, tensor by tensor, so
+            that the gradient's variance is the least, and ``bits`` is not used. Chosen in the first step of each kind
+            (type of batch), which is kept at 8 bits, and again after 100, 1,000 and each further 10,000: such a step
+            runs its backward twice for each tensor that is rounded. Needs automatic optimization.
         group_size: consecutive elements that share a scale and a zero point. None: 64, or 32 at 1 and 2 bits.
         seed: seed of the rounding's private noise. Steps and ranks draw different noise from it.
         min_bytes: tensors smaller than this are kept as they are.
@@ -69,6 +76,7 @@ class TinyKGCallback(Callback):
         self,
         bits: int | Schedule | BitPlan = 8,
         *,
+        budget: int | float | str | None = None,
         group_size: int | None = None,
         seed: int = 0,
         min_bytes: int = 1024,
@@ -82,11 +90,18 @@ class TinyKGCallback(Callback):
         self.largest: Ledger | None = None
         """What the step kept that would have kept most: the one that decides whether a model fits."""
         self._compression = compress_activations(
-            bits, group_size=group_size, seed=seed, min_bytes=min_bytes, recipe=recipe, modules=modules
+            bits,
+            budget=budget,
+            group_size=group_size,
+            seed=seed,
+            min_bytes=min_bytes,
+            recipe=recipe,
+            modules=modules,
         )
         self._compression.optimizer_steps = 0
         self._begun: int | None = None  # the noise's step at which the batch began that is being trained on
         self._global_step = 0  # the Trainer's at that time
+        self._bits = 0.0  # in force in the last step
 
     @property
     def bits(self) -> int:
@@ -95,8 +110,8 @@ class TinyKGCallback(Callback):
 
     @property
     def plan(self) -> BitPlan:
-        """Which bits where."""
-        return self._compression.plan
+        """Which bits where; under a budget, in a step of the kind of the last."""
+        return self._compression.plan if self._compression.planner is None else self._compression.plan_in_force
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -120,6 +135,9 @@ class TinyKGCallback(Callback):
         self.ledger = self.largest = self._begun = None
         self._compression.root = pl_module
         self._compression.rank = trainer.global_rank
+        if (planner := self._compression.planner) is not None:
+            planner.agree = strategy.broadcast
+            planner.most = partial(_largest, strategy) if trainer.world_size > 1 else None
         # an attribute of the instance hides the class's method until it is deleted: what mypy can't know is the point
         strategy.training_step = partial(_compressed_step, self, strategy.training_step)  # type: ignore[method-assign]
 
@@ -129,9 +147,15 @@ class TinyKGCallback(Callback):
 
         Raises:
             ValueError: if one of them matches no module.
+            RuntimeError: if there is a budget, and no loss to choose the bits by.
         """
         check_modules(self._compression.modules or (), pl_module)
         check_plan(self._compression.plan, pl_module)
+        if self._compression.planner is not None and not pl_module.automatic_optimization:
+            raise RuntimeError(
+                "TinyKGCallback(budget=...) chooses the bits by the loss that training_step returns: it needs "
+                "automatic optimization, got a module with automatic_optimization=False: give bits instead"
+            )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -171,7 +195,6 @@ class TinyKGCallback(Callback):
     ) -> None:
         """Log what the step kept, and count it if an optimizer stepped."""
         self._begun = None
-        bits = self.bits
         if trainer.global_step > self._global_step:  # by two, with two optimizers
             assert self._compression.optimizer_steps is not None
             self._compression.optimizer_steps += 1
@@ -180,11 +203,13 @@ class TinyKGCallback(Callback):
         if self.largest is None or self.ledger.raw_bytes > self.largest.raw_bytes:
             self.largest = self.ledger
         metrics = {
-            "tinykg/bits": float(bits),
+            "tinykg/bits": self._bits,
             "tinykg/raw_mib": self.ledger.raw_bytes / MIB,
             "tinykg/stored_mib": self.ledger.stored_bytes / MIB,
             "tinykg/ratio": self.ledger.ratio,
         }
+        if self._compression.planner is not None:
+            metrics["tinykg/predicted_error"] = self._compression.planner.now.predicted
         if pl_module.device.type == "cuda":
             metrics["tinykg/peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / MIB
         pl_module.log_dict(metrics, on_step=True, on_epoch=False, rank_zero_only=True, batch_size=1)
@@ -216,9 +241,23 @@ def _is_ours(step: Any) -> TypeGuard[partial[Any]]:
 
 def _compressed_step(callback: TinyKGCallback, training_step: Any, *args: Any, **kwargs: Any) -> Any:
     """The strategy's training step, in the context. A plain ``with``: whatever happens in it, it is left."""
-    with callback._compression as callback.ledger:
-        callback._compression.hold(args, kwargs)
-        return training_step(*args, **kwargs)
+    compression = callback._compression
+    if compression.planner is not None:
+        compression.planner.kind = type(args[0]).__name__ if args else ""
+    callback._bits = compression.mean_bits
+    with compression as callback.ledger:
+        compression.hold(args, kwargs)
+        output = training_step(*args, **kwargs)
+    if compression.planner is not None:
+        assert compression.root is not None
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        compression.plan_for(loss, compression.root.parameters())
+    return output
+
+
+def _largest(strategy: Strategy, value: int) -> int:
+    """The largest of the ranks' values."""
+    return int(strategy.reduce(torch.tensor(value, device=strategy.root_device), reduce_op="max"))
 
 
 def _send_to_wandb(logger: Logger, ledger: Ledger) -> None:

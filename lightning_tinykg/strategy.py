@@ -29,6 +29,7 @@ class _Compressed:
     Args:
         args: what the strategy itself takes.
         bits: as for :class:`~lightning_tinykg.TinyKGCallback`, like all that follow.
+        budget: bytes that a step may store; the bits are then chosen.
         group_size: elements that share a scale.
         seed: seed of the noise.
         min_bytes: what is smaller is kept as it is.
@@ -44,6 +45,7 @@ class _Compressed:
         self,
         *args: Any,
         bits: int | Schedule | BitPlan = 8,
+        budget: int | float | str | None = None,
         group_size: int | None = None,
         seed: int = 0,
         min_bytes: int = 1024,
@@ -55,6 +57,7 @@ class _Compressed:
         super().__init__(*args, **kwargs)
         self.tinykg = TinyKGCallback(
             bits,
+            budget=budget,
             group_size=group_size,
             seed=seed,
             min_bytes=min_bytes,

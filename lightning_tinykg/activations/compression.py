@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
 from lightning_tinykg.activations.keeper import Keeper
@@ -17,6 +17,8 @@ from lightning_tinykg.activations.keeping import Saved, not_compiled
 from lightning_tinykg.activations.ledger import Ledger
 from lightning_tinykg.activations.modules import ModuleTracker, Pattern, check_modules, unmatched
 from lightning_tinykg.activations.observer import THREAD, Observer, Thread
+from lightning_tinykg.activations.planning import Planner
+from lightning_tinykg.bits.budget import Budget
 from lightning_tinykg.bits.plan import BitPlan, bits_now
 from lightning_tinykg.bits.schedule import WIDTHS, Schedule, check_bits
 from lightning_tinykg.codecs.noise import make_key
@@ -61,6 +63,8 @@ class compress_activations:
             gradients equal the uncompressed ones to the last bit. A :class:`~lightning_tinykg.bits.Schedule` counts
             the entries as steps, unless :attr:`optimizer_steps` says otherwise. A
             :class:`~lightning_tinykg.bits.BitPlan` gives bits by module and by what was saved (``Mul.self``).
+        budget: bytes that one step may store: a number, a text such as ``"512MiB"`` or ``"10%"``, or a fraction of the
+            raw bytes. The bits are then chosen, and ``bits`` is not used: call :meth:`plan_for` with each step's loss.
         group_size: consecutive elements that share a scale and a zero point. None: 64, or 32 at 1 and 2 bits.
         seed: seed of the noise, which is private: PyTorch's generators are not touched.
         min_bytes: tensors smaller than this are kept as they are.
@@ -89,6 +93,7 @@ class compress_activations:
         self,
         bits: int | Schedule | BitPlan = 2,
         *,
+        budget: int | float | str | None = None,
         group_size: int | None = None,
         seed: int = 0,
         min_bytes: int = 1024,
@@ -109,7 +114,12 @@ class compress_activations:
         if recipe == "paper" and bits == 32:
             raise ValueError("recipe='paper' has no exact mode: bits must be one of 1, 2, 4, 8, got 32")
         self.plan = plan
-        """Which bits where."""
+        """Which bits where; with a budget, what is chosen is in :attr:`plan_in_force`."""
+        self.planner = None if budget is None else Planner(Budget.parse(budget))
+        """Chooses the bits, if there is a budget."""
+        if self.planner is not None and recipe == "paper":
+            raise ValueError("recipe='paper' has one width for all: it takes no budget")
+        self._unplanned: tuple[Keeper, Ledger] | None = None  # the last step, if bits are to be chosen by it
         self.optimizer_steps: int | None = None
         """Steps of the optimizer so far, which schedules go by. None: the entries so far."""
         self.epoch = 0
@@ -134,7 +144,9 @@ class compress_activations:
 
     @property
     def plan_in_force(self) -> BitPlan:
-        """The plan as it is now: widths in place of schedules."""
+        """The plan as it is now: widths in place of schedules, or what was chosen under the budget."""
+        if self.planner is not None:
+            return self.planner.plan
         steps = self.step if self.optimizer_steps is None else self.optimizer_steps
         return self.plan.at(step=steps, epoch=self.epoch)
 
@@ -143,9 +155,19 @@ class compress_activations:
         """The width in force; in a plan, that of what no entry names."""
         return bits_now(self.plan_in_force.default)
 
+    @property
+    def mean_bits(self) -> float:
+        """The width in force; under a budget, the mean over the elements of what is rounded."""
+        return float(self.bits) if self.planner is None else self.planner.now.bits
+
     @not_compiled
     def __enter__(self) -> Ledger:
         """Start compressing; returns the ledger of what this entry keeps."""
+        if self._unplanned is not None:
+            raise RuntimeError(
+                "compress_activations(budget=...) chooses the bits by the gradient: call its plan_for(loss, "
+                "model.parameters()) after each forward, before the backward"
+            )
         ledger = Ledger()
         rank = self.rank
         if rank is None:
@@ -158,6 +180,8 @@ class compress_activations:
             key=make_key(self.seed, rank, self.step),
             ledger=ledger,
         )
+        if self.planner is not None and self.planner.is_due:
+            keeper.rounded = {}
         observer = Observer(keeper, ModuleTracker(keeper.provenance, self.modules, self.root))
         with ExitStack() as stack:
             stack.enter_context(observer.tracker)
@@ -187,6 +211,11 @@ class compress_activations:
         THREAD.observers.remove(observer)
         outermost = observer.tracker.outermost
         stack.__exit__(exc_type, exc, traceback)
+        if self.planner is not None and exc is None:
+            if observer.keeper.rounded is not None:
+                self._unplanned = (observer.keeper, observer.keeper.ledger)
+            else:
+                self.planner.finished(observer.keeper.ledger)
         if not in_order:  # what was popped off PyTorch's stacks is another context's: until that is left, ours is on
             raise RuntimeError(
                 "compress_activations was left before a context that was entered after it: contexts have to be left "
@@ -202,6 +231,42 @@ class compress_activations:
             self._told_at_once = True
             warnings.warn(_AT_ONCE, stacklevel=2)
 
+    def plan_for(self, loss: Tensor | None, parameters: Iterable[Tensor]) -> None:
+        """With a budget: choose the bits of the steps that follow, if a choice is due.
+
+        It is due after the first forward, after the 101st and the 1001st, and then every 10,000: rarely, since it runs
+        the backward twice for each tensor that is kept rounded. In all other steps it returns at once. What it chooses,
+        and the error that it predicts of the gradient, is in :attr:`planner`.
+
+        Args:
+            loss: the loss of the forward that the context was last entered for. Its backward can be run afterwards.
+                None, if there is none: the step is skipped, and the choice is due after the next.
+            parameters: what the gradient is taken of: ``model.parameters()``.
+
+        Raises:
+            BudgetTooSmall: if not even the least widths fit; it says what would.
+
+        Example:
+            >>> import torch
+            >>> from lightning_tinykg import compress_activations
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64))
+            >>> context, x = compress_activations(budget="10%"), torch.randn(1000, 64)
+            >>> for _ in range(2):
+            ...     with context as ledger:
+            ...         loss = model(x).exp().square().mean()
+            ...     context.plan_for(loss, model.parameters())
+            ...     loss.backward()
+            >>> ledger.ratio >= 10
+            True
+        """
+        if self.planner is None or self._unplanned is None:
+            return
+        (keeper, ledger), self._unplanned = self._unplanned, None
+        if loss is not None:
+            key = make_key(self.seed, self.step, len(self.planner.kinds))
+            self.planner.choose(loss, parameters, keeper, ledger, key)
+            self.planner.finished(ledger)
+
     def hold(self, *values: Any) -> None:
         """Count tensors as the user's: they are referred to, not copied. Has to be called within the context.
 
@@ -214,7 +279,7 @@ class compress_activations:
         observer, _ = self._entries[threading.get_ident()][-1]
         observer.tracker.hold(values)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint of a training loop needs to hold, in plain primitives: the counters.
 
         Example:
@@ -225,9 +290,10 @@ class compress_activations:
             {'step': 1, 'epoch': 0}
         """
         counters = {"step": self.step, "epoch": self.epoch, "optimizer_steps": self.optimizer_steps}
-        return {name: count for name, count in counters.items() if count is not None}
+        state: dict[str, Any] = {name: count for name, count in counters.items() if count is not None}
+        return state if self.planner is None else state | {"planner": self.planner.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken: the next entry has the noise and the bits that it would have had.
 
         Args:
@@ -246,6 +312,8 @@ class compress_activations:
                     f"state_dict[{name!r}] must be an integer of at least 0, got {count!r} in {state_dict!r}"
                 )
             setattr(self, name, count)
+        if self.planner is not None:
+            self.planner.load_state_dict(state_dict.get("planner", {}))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Re
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
 from lightning_tinykg.activations.rules import ANGLE, EXACT, LINEAR, MASK, SHAPE, SIGN, Need, Rule, Side, rule_for
+from lightning_tinykg.activations.sensitivity import Rounded
 from lightning_tinykg.activations.storages import (
     Layout,
     Provenance,
@@ -63,12 +64,14 @@ class Keeper:
     ) -> None:
         self.ledger = ledger
         self.provenance = Provenance()
-        self._widths = Widths(plan, group_size)
+        self.widths = Widths(plan, group_size)
         self._min_bytes = min_bytes
         self._by_rules = by_rules
         self._key = key
         self._books = Books(ledger)
         self._draws = 0
+        self.rounded: dict[Record, Rounded] | None = None
+        """Where it is asked for: the records that are rounded, and where they were saved."""
         self._recipes = RecipeBook(min_bytes)
         self._fragile: WeakValueDictionary[int, Record] = WeakValueDictionary()
 
@@ -131,8 +134,8 @@ class Keeper:
             entry.codec = "held"
         else:
             self._books.charge(saved, tensor, entry)
-            self._widths.charge(entry.raw_bytes)
-            self._widths.turn_to(saved.module, where)
+            self.widths.charge(entry.raw_bytes)
+            self.widths.turn_to(saved.module, where)
             if saved.exact:
                 kept = self._choose(tensor, EXACT, entry, op, node)
             elif self._by_rules:
@@ -161,7 +164,7 @@ class Keeper:
                 if mask is not None:
                     return self._levels(tensor, layout, "mask", lambda run: mask, entry)
         floating = tensor.dtype in FLOAT_DTYPES
-        least = self._widths.least(tensor, rule)
+        least = self.widths.least(tensor, rule)
         if (remade := self._remade(tensor, rule, least, entry)) is not None:
             return remade
         layout = Layout.of(tensor)
@@ -172,7 +175,7 @@ class Keeper:
             inside = rule.inside
             return self._levels(tensor, layout, rule.key, lambda run: encode_levels(run, inside, levels), entry)
         if floating and rule is ANGLE and least < 32:
-            group = self._widths.group(layout, least)
+            group = self.widths.group(layout, least)
 
             def wrapped(run: Tensor) -> Code:
                 return quantize(run.remainder(2 * math.pi), least, key=self._next_key(), group_size=group)
@@ -194,10 +197,10 @@ class Keeper:
         record = self._books.record(tensor, layout)
         if factor_of is not None:
             if record.factor_of not in (None, factor_of):
-                least = self._widths.raised(least)
+                least = self.widths.raised(least)
             record.factor_of = factor_of
         run = layout.run(tensor)
-        bits = self._widths.better(layout, tensor.itemsize, least)
+        bits = self.widths.better(layout, tensor.itemsize, least)
         if record.bits < bits:
             if record.entry is not None:  # the coarser code is replaced, for every save that has it
                 record.entry.stored_bytes = 0
@@ -210,13 +213,22 @@ class Keeper:
                 record.value, record.bits = code, bits if not isinstance(code, RawCode) else 32
                 entry.stored_bytes = code.nbytes
                 if record.bits < 32:
-                    self._widths.spend(layout, bits, least)
+                    self.widths.spend(layout, bits, least)
             else:
                 record.reference, record.bits = Reference.to(run.detach(), entry.op), 32
                 self._books.refer(tensor, entry)
             record.entry = entry
         entry.codec = "exact" if record.value is None else record.value.name
+        self._note_rounded(record, layout, tensor.dtype, entry)
         return Coded(record, layout)
+
+    def _note_rounded(self, record: Record, layout: Layout, dtype: torch.dtype, entry: Entry) -> None:
+        """For a plan: this record is one that bits are to be found for."""
+        if self.rounded is not None and record.value is not None and record.bits < 32:
+            found = self.rounded.setdefault(record, Rounded(record, layout, dtype.itemsize))
+            found.places.add(self.widths.place)
+            if entry.need == Need.UNKNOWN.value:
+                found.floor = 8
 
     def _exact(self, tensor: Tensor, entry: Entry) -> Kept:
         return self._value(tensor, 32, entry)
@@ -227,9 +239,9 @@ class Keeper:
             return encode_bool(run)
         if not run.is_floating_point():
             return encode_integers(run)
-        if bits == 32 or self._widths.size(layout, bits) >= run.nbytes:
+        if bits == 32 or self.widths.size(layout, bits) >= run.nbytes:
             return None
-        return quantize(run, bits, key=self._next_key(), group_size=self._widths.group(layout, bits))
+        return quantize(run, bits, key=self._next_key(), group_size=self.widths.group(layout, bits))
 
     def _levels(self, tensor: Tensor, layout: Layout, key: Any, encode: Callable[[Tensor], Code], entry: Entry) -> Kept:
         """A side or a sign of each element, shared with every save that asks the same."""
@@ -276,13 +288,14 @@ class Keeper:
             if ingredient.recipe is not None and self._recipe_cost(ingredient.recipe, least) < own:
                 geometry = (ingredient.shape, ingredient.stride, ingredient.offset)
                 return self._follow(ingredient.recipe, least, geometry, entry)
-            wanted = 0 if tensor is None else self._widths.better(layout, tensor.itemsize, least)
+            wanted = 0 if tensor is None else self.widths.better(layout, tensor.itemsize, least)
             if tensor is not None and (record is None or record.bits < wanted):
                 name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
                 record = self._value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record
         assert record is not None  # else its recipe would have been cheaper
         if record.reference is not None:
             self._books.lend(record)
+        self._note_rounded(record, layout, ingredient.dtype, entry)
         return Coded(record, layout)
 
     def _recipe_cost(self, recipe: Recipe, least: int, depth: int = 0) -> float:
@@ -319,7 +332,7 @@ class Keeper:
             return tensor.numel() // 8
         if rule is SIGN:
             return tensor.numel() // 4
-        return min(self._widths.size(Layout.of(tensor), least), tensor.nbytes) if least < 32 else tensor.nbytes
+        return min(self.widths.size(Layout.of(tensor), least), tensor.nbytes) if least < 32 else tensor.nbytes
 
     def _cost(self, ingredient: Ingredient, tensor: Tensor | None, least: int) -> float:
         """The bytes it would take to keep an ingredient as well; infinity where it is gone."""
@@ -329,7 +342,7 @@ class Keeper:
             return math.inf
         layout = Layout.of(tensor)
         if ingredient.floating and least < 32:
-            return self._widths.size(layout, least)
+            return self.widths.size(layout, least)
         return layout.numel * tensor.itemsize
 
     def _as_in_the_paper(self, tensor: Tensor, entry: Entry) -> Kept:
@@ -337,10 +350,10 @@ class Keeper:
         layout = replace(Layout.of(tensor), dense=False)  # rows are the tensor's, however it lies in memory
         run = layout.run(tensor)
         small = run.numel() == 0 or run.nbytes < self._min_bytes
-        if tensor.dtype not in FLOAT_DTYPES or small or self._widths.bits == 32:
+        if tensor.dtype not in FLOAT_DTYPES or small or self.widths.bits == 32:
             return self._exact(tensor, entry)
         width = run.shape[-1] if run.dim() else 1
-        code = quantize(run, self._widths.bits, key=self._next_key(), group_size=width, metadata=torch.float32)
+        code = quantize(run, self.widths.bits, key=self._next_key(), group_size=width, metadata=torch.float32)
         entry.codec, entry.stored_bytes = code.name, code.nbytes
         return Levels(code, layout)
 

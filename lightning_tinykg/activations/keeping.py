@@ -78,6 +78,7 @@ class Record:
         entry: the ledger's entry that paid for ``value`` or ``reference``.
         factor_of: sequence number of the last product that it was saved by as a factor.
         levels: the codes that restore a side or a sign only, by rule.
+        degraded: what is done to the elements before they are given, while it is measured what that costs.
     """
 
     storage: StorageWeakRef
@@ -87,13 +88,15 @@ class Record:
     entry: Entry | None = None
     factor_of: int | None = None
     levels: dict[Any, Code] = field(default_factory=dict)
+    degraded: Callable[[Tensor], Tensor] | None = None
 
     def elements(self) -> Tensor:
         """The elements, restored."""
         if self.reference is not None:
             return self.reference.restore()
         assert self.value is not None
-        return self.value.decode()
+        elements = self.value.decode()
+        return elements if self.degraded is None else self.degraded(elements)
 
 
 @dataclass(slots=True)

@@ -58,7 +58,7 @@ class Observer(TorchFunctionMode):
         super().__init__()
         self.tracker = tracker
         self.exact = 0
-        self._keeper = keeper
+        self.keeper = keeper
         # weak, since a node can die as soon as its op returns: an argsort's, for one
         self._pending: list[weakref.ref[Saved]] = []
         self._floor = torch.autograd._get_sequence_nr()
@@ -69,7 +69,7 @@ class Observer(TorchFunctionMode):
     def unpacks_at_once(self) -> bool:
         """Whether most of what was saved comes back at once: at the start of one compiled graph's backward."""
         graphs = [sum(entry.raw_bytes for entry in entries) for entries in self._graphs.values()]
-        return 2 * max(graphs, default=0) > self._keeper.ledger.raw_bytes
+        return 2 * max(graphs, default=0) > self.keeper.ledger.raw_bytes
 
     @not_compiled
     def pack(self, tensor: Tensor) -> Saved:
@@ -101,7 +101,7 @@ class Observer(TorchFunctionMode):
         if self._pending and getattr(func, "__name__", "") != "__get__":
             self._claim(tensors_in((seen_args, seen_kwargs)), None, "")
         with _aside() if transformed else nullcontext():
-            self._keeper.before(func, seen_args, seen_kwargs)
+            self.keeper.before(func, seen_args, seen_kwargs)
         out = func(*args, **kwargs)
         if not isinstance(out, (Tensor, tuple, list)):
             if self._pending and out is None:  # an assignment to an index, which changes its first argument
@@ -111,10 +111,10 @@ class Observer(TorchFunctionMode):
         inputs = list(tensors_in((seen_args, seen_kwargs)))
         if transformed:  # the op that ran is another than the one that was called, so there is no recipe
             made = _beneath(out)
-            self._keeper.provenance.made(tensors_in(made), inputs)
+            self.keeper.provenance.made(tensors_in(made), inputs)
         else:
             made = out
-            self._keeper.observe(func, args, kwargs, out, inputs)
+            self.keeper.observe(func, args, kwargs, out, inputs)
         if self._pending:
             self._claim(tensors_in(made), inputs, getattr(func, "__name__", ""))
         return out
@@ -142,7 +142,7 @@ class Observer(TorchFunctionMode):
             self._floor = torch.autograd._get_sequence_nr()
 
     def _keep(self, saved: Saved, node: Any, attribute: str, inputs: list[Tensor] | None, op: str) -> None:
-        entry = self._keeper.keep(saved, node, attribute, inputs, op)
+        entry = self.keeper.keep(saved, node, attribute, inputs, op)
         if saved.function == "CompiledFunction":
             self._graphs.setdefault(saved.call, []).append(entry)
 
@@ -158,7 +158,7 @@ class Observer(TorchFunctionMode):
                     _keep_as_it_is(saved)
         self._left = True
         self._pending.clear()
-        self._keeper.finish()
+        self.keeper.finish()
 
 
 def _keep_as_it_is(saved: Saved) -> None:

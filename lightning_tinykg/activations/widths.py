@@ -32,6 +32,7 @@ class Widths:
 
     def __init__(self, plan: BitPlan, group_size: int | None) -> None:
         self.bits = bits_now(plan.default)
+        self.place = Place("")
         self._literal = False
         self._plan = plan
         self._saves: Counter[tuple[str, str]] = Counter()
@@ -44,9 +45,9 @@ class Widths:
         """What follows is about the next save of a module's node."""
         if not self._plan.entries:
             return
-        place = Place(module, component, str(self._saves[module, component]))
+        self.place = Place(module, component, str(self._saves[module, component]))
         self._saves[module, component] += 1
-        entry = self._plan.entry_for(place)
+        entry = self._plan.entry_for(self.place)
         self.bits = bits_now(entry.bits)
         self._literal = entry.component != "*"
 
@@ -74,7 +75,7 @@ class Widths:
 
     def raised(self, least: int) -> int:
         """The width for what asks for more than ``least``, since its error does not average out."""
-        return max(least, RAISED_BITS.get(self.bits, 32))
+        return least if self._literal else max(least, RAISED_BITS.get(self.bits, 32))
 
     def better(self, layout: Layout, itemsize: int, least: int) -> int:
         """The width for a run of elements of ``itemsize`` bytes each: at least ``least``, more where more is cheap.

@@ -1,0 +1,197 @@
+"""Bits under a budget: measured once in a while, chosen for each kind of step, kept within the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from glob import escape
+from math import sqrt
+from typing import Any
+
+from torch import Tensor
+
+from lightning_tinykg.activations.keeper import Keeper
+from lightning_tinykg.activations.ledger import Ledger
+from lightning_tinykg.activations.sensitivity import Sensitive, measure
+from lightning_tinykg.bits.budget import Budget, BudgetTooSmall, Option, allocate
+from lightning_tinykg.bits.plan import BitPlan, Place, PlanEntry
+
+MEASURING = BitPlan([PlanEntry(8, component="*.*")], default=8)
+"""What a step is kept at in which the sensitivities are measured: 8 bits, all of it, and no more."""
+
+REPLANNED = (0, 100, 1000)
+"""Steps of a kind before which it is measured; after the last, whenever the step is a multiple of ten times that."""
+
+_TRIES = 8
+_NEW = 10
+
+
+@dataclass
+class KindOfStep:
+    """What is known of one kind of step. KGAT has two: their losses are other graphs, with other places.
+
+    Attributes:
+        steps: how many there were.
+        plan: the bits, or None before it has been measured.
+        sensitive: what each width of each tensor would cost.
+        fixed: bytes that no width changes: masks, signs, what must be exact.
+        raw: bytes the uncompressed graph would keep.
+        target: bytes to choose widths for; below the budget where an earlier choice took more than was reckoned.
+        predicted: the gradient's error that is expected, relative to its norm.
+        stored: bytes that are expected.
+        bits: the mean width of the tensors that are rounded.
+    """
+
+    steps: int = 0
+    plan: BitPlan | None = None
+    sensitive: list[Sensitive] = field(default_factory=list)
+    fixed: int = 0
+    raw: int = 0
+    norm: float = 0.0
+    target: int = 0
+    predicted: float = 0.0
+    stored: int = 0
+    bits: float = 8.0
+
+
+class Planner:
+    """Chooses bits for each kind of step, so that the gradient's variance is the least under a number of bytes.
+
+    Args:
+        budget: the bytes that one step may store.
+
+    Attributes:
+        kind: the kind of the next step; a name.
+        agree: gives all ranks of a distributed run the value of the first.
+        most: gives all ranks the largest of their values; None where there is one rank only.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.kind = ""
+        self.agree: Callable[[Any], Any] = lambda value: value
+        self.most: Callable[[int], int] | None = None
+        self.kinds: dict[str, KindOfStep] = {}
+
+    @property
+    def now(self) -> KindOfStep:
+        """The kind of step that is next."""
+        return self.kinds.setdefault(self.kind, KindOfStep())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next step is one to measure in."""
+        steps = self.now.steps
+        return self.now.plan is None or steps in REPLANNED or steps % (10 * REPLANNED[-1]) == 0
+
+    @property
+    def plan(self) -> BitPlan:
+        """The plan of the next step."""
+        plan = self.now.plan
+        return MEASURING if self.is_due or plan is None else plan
+
+    def choose(self, loss: Tensor, parameters: Iterable[Tensor], keeper: Keeper, ledger: Ledger, key: int) -> None:
+        """Measure in the step that has just been forward, and choose the bits of those that follow.
+
+        Args:
+            loss: its loss.
+            parameters: what the gradient is taken of.
+            keeper: what it was kept by.
+            ledger: what it kept.
+            key: of the noise.
+
+        Raises:
+            BudgetTooSmall: if no choice fits.
+        """
+        now = self.now
+        rounded = list((keeper.rounded or {}).values())
+        rounded = [tensor for tensor in rounded if 0 < tensor.record.bits < 32 and tensor.record.value is not None]
+        size, group = keeper.widths.size, keeper.widths.group
+        sensitive, squared = measure(loss, parameters, rounded, size, group, key)
+        changing = sum(tensor.record.value.nbytes for tensor in rounded if tensor.record.value is not None)
+        now.fixed, now.raw, now.norm = max(ledger.stored_bytes - changing, 0), ledger.raw_bytes, sqrt(squared)
+        now.sensitive = sensitive
+        now.target = self.budget.bytes_of(now.raw)
+        self._allocate(now)
+        self.load_state_dict(self.agree(self.state_dict()))
+
+    def _allocate(self, now: KindOfStep) -> None:
+        options = dict(enumerate(tensor.options for tensor in now.sensitive))
+        try:
+            chosen = allocate(options, now.target - now.fixed)
+        except BudgetTooSmall as error:
+            raise BudgetTooSmall(self.budget.bytes_of(now.raw), error.least + now.fixed) from None
+        entries = [
+            PlanEntry(chosen[number].bits, *(escape(part) for part in place))
+            for number, tensor in enumerate(now.sensitive)
+            for place in sorted(tensor.places)
+        ]
+        now.plan = BitPlan(entries, default=8)
+        now.predicted = sqrt(sum(option.variance for option in chosen.values())) / now.norm if now.norm else 0.0
+        exact = [max(option.nbytes for option in tensor.options) for tensor in now.sensitive]
+        weighted = sum(chosen[number].bits * size for number, size in enumerate(exact))
+        now.bits = weighted / sum(exact) if exact else 32.0
+        now.stored = now.fixed + sum(option.nbytes for option in chosen.values())
+
+    def finished(self, ledger: Ledger) -> None:
+        """A step is over: count it; if it took more than the budget, choose for less from the next on."""
+        now = self.now
+        measured = self.is_due
+        now.steps += 1
+        if measured or now.plan is None:
+            return
+        budget = self.budget.bytes_of(ledger.raw_bytes)
+        excess = ledger.stored_bytes - budget
+        if self.most is not None:  # a word between the ranks, while a plan is new
+            since = now.steps - max(step for step in self._measured_at(now.steps))
+            excess = self.most(excess) if since <= _NEW else 0
+        if excess <= 0:
+            return
+        for _ in range(_TRIES):  # what is recognised as cheap to make again depends on the bits, and so do the bytes
+            now.target -= max(excess, budget // 100)
+            before = now.plan
+            self._allocate(now)
+            if now.plan != before:
+                return
+
+    @staticmethod
+    def _measured_at(steps: int) -> Iterable[int]:
+        """The steps up to a number of them that were measured in."""
+        last = 10 * REPLANNED[-1]
+        return (*(step for step in REPLANNED if step < steps), *range(last, steps, last))
+
+    # -- for a checkpoint ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain primitives: plans, counters, and what they were chosen from."""
+        return {
+            name: {
+                **{key: getattr(kind, key) for key in _PLAIN},
+                "plan": None if kind.plan is None else kind.plan.to_dict(),
+                "sensitive": [
+                    [
+                        [list(place) for place in sorted(tensor.places)],
+                        [[option.bits, option.nbytes, option.variance] for option in tensor.options],
+                    ]
+                    for tensor in kind.sensitive
+                ],
+            }
+            for name, kind in self.kinds.items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.kinds = {
+            name: KindOfStep(
+                **{key: kind[key] for key in _PLAIN},
+                plan=None if kind["plan"] is None else BitPlan.from_dict(kind["plan"]),
+                sensitive=[
+                    Sensitive(frozenset(Place(*place) for place in places), tuple(Option(*o) for o in options))
+                    for places, options in kind["sensitive"]
+                ],
+            )
+            for name, kind in state_dict.items()
+        }
+
+
+_PLAIN = ("steps", "fixed", "raw", "norm", "target", "predicted", "stored", "bits")

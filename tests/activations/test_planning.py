@@ -1,0 +1,217 @@
+"""``budget=``: bits that are chosen by what each tensor costs the gradient."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from comparing import made
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_tinykg import Ledger, compress_activations
+from lightning_tinykg.bits.budget import BudgetTooSmall
+
+ROWS, WIDTH = 400, 64
+INDEX = torch.randint(ROWS, (ROWS,), generator=torch.Generator().manual_seed(0))
+
+
+class Model(nn.Module):
+    """One path decides about the gradient, another hardly; a table that is gathered from; a small sensitive head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.strong = nn.Linear(WIDTH, WIDTH)
+        self.weak = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.strong(made(x)).tanh()
+        b = self.weak(made(x)).tanh()
+        mixed = F.normalize(made(a)[INDEX] * made(a) + 1e-3 * made(b))
+        return self.head(made(mixed)).exp()
+
+
+def leaf() -> Tensor:
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+
+def step(model: nn.Module, x: Tensor, context: compress_activations | None) -> tuple[Tensor, Ledger]:
+    model.zero_grad()
+    ledger = Ledger()
+    if context is None:
+        loss = model(x).square().mean()
+    else:
+        with context as ledger:
+            loss = model(x).square().mean()
+        context.plan_for(loss, model.parameters())
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), ledger
+
+
+def error(context: compress_activations, draws: int = 10) -> float:
+    model, x = Model(), leaf()
+    want, _ = step(model, x, None)
+    return sum(float((step(model, x, context)[0] - want).norm() / want.norm()) for _ in range(draws)) / draws
+
+
+def planned(budget: Any, **options: Any) -> compress_activations:
+    context = compress_activations(budget=budget, min_bytes=0, **options)
+    for _ in range(4):
+        step(Model(), leaf(), context)
+    return context
+
+
+@pytest.mark.parametrize("budget", ["20%", "12%", "8%", 0.1, 60_000])
+def test_within_the_budget(budget: Any) -> None:
+    context = planned(budget)
+    assert context.planner is not None
+    _, ledger = step(Model(), leaf(), context)
+    allowed = context.planner.budget.bytes_of(ledger.raw_bytes)
+    assert 0.8 * allowed < ledger.stored_bytes <= allowed
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_better_than_one_width_for_all_in_as_many_bytes(bits: int) -> None:
+    uniform = compress_activations(bits, min_bytes=0)
+    _, ledger = step(Model(), leaf(), uniform)
+    chosen = planned(ledger.stored_bytes)
+    assert step(Model(), leaf(), chosen)[1].stored_bytes <= ledger.stored_bytes
+    assert error(chosen) < error(uniform) / 1.3
+
+
+@pytest.mark.parametrize("budget", ["20%", "10%"])
+def test_the_error_is_what_was_predicted(budget: str) -> None:
+    context = planned(budget)
+    assert context.planner is not None
+    assert error(context, 20) == pytest.approx(context.planner.now.predicted, rel=0.25)
+
+
+def test_who_matters_gets_more() -> None:
+    context = planned("10%")
+    plan = context.plan_in_force
+    strong = plan.bits_for("strong", "Addmm.mat1", "0")
+    weak = plan.bits_for("weak", "Addmm.mat1", "0")
+    assert isinstance(strong, int)
+    assert isinstance(weak, int)
+    assert strong > weak
+
+
+def test_a_budget_that_cannot_be_met_says_what_could() -> None:
+    context = compress_activations(budget=1000, min_bytes=0)
+    with pytest.raises(BudgetTooSmall, match=r"budget must be at least \d+ bytes for this step, got 1000") as raised:
+        step(Model(), leaf(), context)
+    least = raised.value.least
+    again = planned(int(least * 1.05))
+    assert step(Model(), leaf(), again)[1].stored_bytes <= least * 1.05
+
+
+def test_a_large_budget_keeps_all_exact() -> None:
+    context = planned("1GiB")
+    assert context.planner is not None
+    assert context.planner.now.predicted == 0
+    want, _ = step(Model(), leaf(), None)
+    assert torch.equal(step(Model(), leaf(), context)[0], want)
+
+
+def test_the_measuring_step_changes_nothing() -> None:
+    """The gradient is that of 8 bits; weights and generators are as they were."""
+    model, x = Model(), leaf()
+    before = [p.detach().clone() for p in model.parameters()]
+    state = torch.random.get_rng_state()
+    got, ledger = step(model, x, compress_activations(budget="10%", min_bytes=0))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    want, _ = step(model, x, None)
+    assert float((got - want).norm() / want.norm()) < 0.05
+    assert {entry.codec for entry in ledger if entry.codec.startswith("int")} == {"int8"}
+
+
+def test_kinds_of_steps_have_plans_of_their_own() -> None:
+    context = compress_activations(budget="15%", min_bytes=0)
+    assert context.planner is not None
+    table = nn.Embedding(ROWS, WIDTH)
+    for _ in range(3):
+        context.planner.kind = "model"
+        step(Model(), leaf(), context)
+        context.planner.kind = "table"
+        with context:
+            loss = (made(table.weight).exp() * made(table.weight)[INDEX].tanh()).sum()
+        context.plan_for(loss, table.parameters())
+        loss.backward()
+    first, second = (context.planner.kinds[name].plan for name in ("model", "table"))
+    assert first is not None
+    assert second is not None
+    assert {entry.layer for entry in first.entries} != {entry.layer for entry in second.entries}
+
+
+def test_measured_again_rarely() -> None:
+    context = compress_activations(budget="15%", min_bytes=0)
+    assert context.planner is not None
+    due = []
+    for number in range(102):
+        if context.planner.is_due:
+            due.append(number)
+        step(Model(), leaf(), context)
+    assert due == [0, 100]
+
+
+def test_a_step_without_a_loss_is_skipped() -> None:
+    context = compress_activations(budget="15%", min_bytes=0)
+    assert context.planner is not None
+    with context:
+        Model()(leaf())
+    context.plan_for(None, [])
+    assert context.planner.is_due
+    step(Model(), leaf(), context)
+    assert not context.planner.is_due
+
+
+def test_who_forgets_to_plan_is_told() -> None:
+    context = compress_activations(budget="15%")
+    with context:
+        Model()(leaf())
+    with (
+        pytest.raises(RuntimeError, match=r"call its plan_for\(loss, model.parameters\(\)\) after each forward"),
+        context,
+    ):
+        pass
+
+
+def test_resumed_with_what_was_chosen() -> None:
+    context = planned("10%")
+    state = json.loads(json.dumps(context.state_dict()))
+    again = compress_activations(budget="10%", min_bytes=0)
+    again.load_state_dict(state)
+    assert again.plan_in_force == context.plan_in_force
+    assert torch.equal(step(Model(), leaf(), again)[0], step(Model(), leaf(), context)[0])
+
+
+def test_what_does_not_go_together() -> None:
+    with pytest.raises(ValueError, match="recipe='paper' has one width for all: it takes no budget"):
+        compress_activations(budget="10%", recipe="paper")
+    with pytest.raises(ValueError, match="budget must be bytes"):
+        compress_activations(budget="lots")
+
+
+class Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * ctx.saved_tensors[0].cos()
+
+
+def test_of_what_is_unknown_nothing_is_risked() -> None:
+    x = leaf()
+    context = compress_activations(budget="30%", min_bytes=0)
+    for _ in range(2):
+        with context as ledger:
+            loss = (Custom.apply(made(x)) * made(x)).sum()
+        context.plan_for(loss, [x])
+        loss.backward()
+    assert {entry.codec for entry in ledger if entry.op == "Custom.tensors"} <= {"int8", "exact"}
