@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
@@ -16,7 +15,7 @@ from lightning_tinykg.activations.keeper import Keeper
 from lightning_tinykg.activations.keeping import Saved, not_compiled
 from lightning_tinykg.activations.ledger import Ledger
 from lightning_tinykg.activations.modules import ModuleTracker, Pattern, check_modules, unmatched
-from lightning_tinykg.activations.observer import THREAD, Observer, Thread
+from lightning_tinykg.activations.observer import THREAD, Observer
 from lightning_tinykg.activations.planning import Planner
 from lightning_tinykg.bits.budget import Budget
 from lightning_tinykg.bits.plan import BitPlan, bits_now
@@ -314,57 +313,6 @@ class compress_activations:
             setattr(self, name, count)
         if self.planner is not None:
             self.planner.load_state_dict(state_dict.get("planner", {}))
-
-
-@contextmanager
-def keep_exact(*, hooks: bool = True) -> Iterator[None]:
-    """Opt a region out: within it, what autograd saves is kept as it is, whatever ``bits`` and ``modules`` say.
-
-    It opts out of the innermost :class:`compress_activations` (or ``TinyKGCallback``) that is entered; where there is
-    none it does nothing, so a model can use it whether it is compressed or not. It is a decorator as well:
-    ``@keep_exact()``. Forms that lose nothing are still used: rows that can be gathered again, duplicates, narrowed
-    integers; and the ledger lists what is kept.
-
-    Args:
-        hooks: False takes the saved-tensor hooks off as well. Autograd then keeps the region's tensors itself, the
-            ledger does not know of them, and what refuses to run under hooks runs: ``torch.func.grad``, ``vjp``,
-            ``jacrev`` and ``hessian``. Needs PyTorch 2.8.
-
-    Example:
-        >>> import torch
-        >>> from lightning_tinykg import compress_activations, keep_exact
-        >>> x = torch.randn(1000, 64, requires_grad=True)
-        >>> with compress_activations(bits=2) as ledger:
-        ...     hidden = x.cumsum(0).tanh()
-        ...     with keep_exact():
-        ...         loss = hidden.exp().sum()
-        >>> [(entry.op, entry.codec) for entry in ledger]
-        [('Tanh.result', 'int4'), ('Exp.result', 'exact')]
-    """
-    if torch.compiler.is_compiling():  # the graph that is traced runs, and saves, later
-        yield
-        return
-    region: Observer | Thread = THREAD.observers[-1] if THREAD.observers else THREAD
-    removed: list[saved_tensors_hooks] = []
-    region.exact += 1
-    try:
-        while not hooks and (observer := _on_top()) is not None:
-            removed.append(saved_tensors_hooks(observer.pack, Saved.unpack))
-            removed[-1].__exit__()
-        yield
-    finally:
-        while removed:
-            removed.pop().__enter__()
-        region.exact -= 1
-
-
-def _on_top() -> Observer | None:
-    """The context whose hooks are the innermost in this thread; None if they are another tool's, or there are none."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is None:
-        raise RuntimeError(f"keep_exact(hooks=False) needs PyTorch 2.8 or later, this is {torch.__version__}")
-    observer = getattr((top(True) or (None,))[0], "__self__", None)
-    return observer if isinstance(observer, Observer) else None
 
 
 def _is_refusal(exc: BaseException) -> bool:

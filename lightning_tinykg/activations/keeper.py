@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_tinykg.activations import changes
 from lightning_tinykg.activations.books import Books
+from lightning_tinykg.activations.costs import Costs
 from lightning_tinykg.activations.fragile import FRAGILE, amplified
 from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Reference, Remade, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
@@ -22,7 +23,6 @@ from lightning_tinykg.activations.sensitivity import Rounded
 from lightning_tinykg.activations.storages import (
     Layout,
     Provenance,
-    is_freed,
     is_plain,
     node_name,
     storage_id,
@@ -42,9 +42,6 @@ from lightning_tinykg.codecs.lossless import (
     encode_two_levels,
 )
 from lightning_tinykg.codecs.noise import make_key
-
-_MAX_DEPTH = 4
-"""Ops in a row that are run again at the most."""
 
 
 class Keeper:
@@ -69,6 +66,7 @@ class Keeper:
         self._by_rules = by_rules
         self._key = key
         self._books = Books(ledger)
+        self._costs = Costs(self._books, self.widths, self.provenance)
         self._draws = 0
         self.rounded: dict[Record, Rounded] | None = None
         """Where it is asked for: the records that are rounded, and where they were saved."""
@@ -257,7 +255,7 @@ class Keeper:
     def _remade(self, tensor: Tensor, rule: Rule, least: int, entry: Entry) -> Kept | None:
         """How to make the tensor again, where that is the cheapest form."""
         recipe = self._recipes.find(tensor)
-        if recipe is None or self._recipe_cost(recipe, least) >= self._own_cost(tensor, rule, least):
+        if recipe is None or self._costs.recipe_cost(recipe, least) >= self._costs.own_cost(tensor, rule, least):
             return None
         entry.codec = "recipe" if recipe.computes else "gather"
         geometry = (tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
@@ -278,14 +276,14 @@ class Keeper:
         """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe."""
         tensor, layout = ingredient.tensor(), ingredient.layout
         least = least if ingredient.floating else 32
-        record = self._kept_record(ingredient, least)
-        if tensor is not None and self._is_free(ingredient, tensor):
+        record = self._costs.kept_record(ingredient, least)
+        if tensor is not None and self._costs.is_free(ingredient, tensor):
             record = self._books.record(tensor, layout)
             if record.bits < 32:
                 record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
         else:
-            own = self._cost(ingredient, tensor, least)
-            if ingredient.recipe is not None and self._recipe_cost(ingredient.recipe, least) < own:
+            own = self._costs.cost(ingredient, tensor, least)
+            if ingredient.recipe is not None and self._costs.recipe_cost(ingredient.recipe, least) < own:
                 geometry = (ingredient.shape, ingredient.stride, ingredient.offset)
                 return self._follow(ingredient.recipe, least, geometry, entry)
             wanted = 0 if tensor is None else self.widths.better(layout, tensor.itemsize, least)
@@ -297,53 +295,6 @@ class Keeper:
             self._books.lend(record)
         self._note_rounded(record, layout, ingredient.dtype, entry)
         return Coded(record, layout)
-
-    def _recipe_cost(self, recipe: Recipe, least: int, depth: int = 0) -> float:
-        """The bytes it would take to keep what a recipe starts from as well; infinity where that is gone."""
-        if depth > _MAX_DEPTH:
-            return math.inf
-        least = 32 if recipe.pointwise else least
-        return sum(self._ingredient_cost(ingredient, least, depth) for ingredient in recipe.ingredients())
-
-    def _ingredient_cost(self, ingredient: Ingredient, least: int, depth: int) -> float:
-        tensor = ingredient.tensor()
-        if tensor is not None and self._is_free(ingredient, tensor):
-            return 0
-        least = least if ingredient.floating else 32
-        own = self._cost(ingredient, tensor, least)
-        if not own or ingredient.recipe is None:
-            return own
-        return min(own, self._recipe_cost(ingredient.recipe, least, depth + 1))
-
-    def _is_free(self, ingredient: Ingredient, tensor: Tensor) -> bool:
-        """Whether an ingredient is the user's, and can be referred to: a weight, or an index."""
-        return ingredient.weight or (not ingredient.floating and self.provenance.is_users(tensor, (tensor,)))
-
-    def _kept_record(self, ingredient: Ingredient, least: int) -> Record | None:
-        """The record of an ingredient, if it is kept well enough already."""
-        record = self._books.find(ingredient.storage.cdata, ingredient.layout, ingredient.dtype, ingredient.version)
-        if record is None or record.bits < least:
-            return None
-        return None if record.reference is not None and is_freed(record.reference.alias) else record
-
-    def _own_cost(self, tensor: Tensor, rule: Rule, least: int) -> int:
-        """The bytes of a tensor's own code."""
-        if isinstance(rule, Side):
-            return tensor.numel() // 8
-        if rule is SIGN:
-            return tensor.numel() // 4
-        return min(self.widths.size(Layout.of(tensor), least), tensor.nbytes) if least < 32 else tensor.nbytes
-
-    def _cost(self, ingredient: Ingredient, tensor: Tensor | None, least: int) -> float:
-        """The bytes it would take to keep an ingredient as well; infinity where it is gone."""
-        if self._kept_record(ingredient, least) is not None:
-            return 0
-        if tensor is None:
-            return math.inf
-        layout = Layout.of(tensor)
-        if ingredient.floating and least < 32:
-            return self.widths.size(layout, least)
-        return layout.numel * tensor.itemsize
 
     def _as_in_the_paper(self, tensor: Tensor, entry: Entry) -> Kept:
         """TinyKG to the letter: every float, each save for itself, row by row, float32 scale and zero point."""
