@@ -14,11 +14,12 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 from checking import BOUND, DRAWS, FEW_DRAWS, Kept, Report
-from operators import DTYPES, NAMES, WITHOUT_GRADIENT, Z_TESTED, check_operator
+from operators import DTYPES, NAMES, WITHOUT_GRADIENT, Z_ELEMENTS, Z_TESTED, check_operator
 from rich.progress import track
 
 OUT = Path(__file__).parents[2] / "docs" / "ops.md"
@@ -56,8 +57,9 @@ def main() -> int:
 
 
 def _run(names: Iterable[str], workers: int) -> Iterable[tuple[str, Report]]:
-    with multiprocessing.get_context("spawn").Pool(workers, _begin) as pool:
-        yield from pool.imap_unordered(_named, names)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin) as pool:
+        for done in as_completed([pool.submit(_named, name) for name in names]):
+            yield done.result()
 
 
 def _begin() -> None:
@@ -81,11 +83,11 @@ there, with each of its sample inputs, as a function and in place.
 **{count}.**
 
 *Gradient*: **exact**, equal to the last bit at every width; **unbiased**, by a z-test over {draws} draws of the noise
-(the first {tested} cases of each dtype; every width in float32, 2 bits in the others); **bounded**, an error at 8
-bits of at most {bound:.0%} of the gradient, or, where the operator is saturated and passes next to nothing on, of the
-gradient that came in. Where samples differ, the weakest is shown. *Error*: the largest over all samples of the mean
-over {few} draws of the gradient's error, relative to its norm. The samples are a few elements each, between -9 and 9,
-often saturated, and there is no other to average with: in a model, errors are far smaller.
+(the first {tested} cases of each dtype, up to {elements:,} elements; every width in float32, 2 bits in the others);
+**bounded**, an error at 8 bits of at most {bound:.0%} of the gradient, or, where the operator is saturated and passes
+next to nothing on, of the gradient that came in. Where samples differ, the weakest is shown. *Error*: the largest over
+all samples of the mean over {few} draws of the gradient's error, relative to its norm. The samples are a few elements
+each, between -9 and 9, often saturated, and there is no other to average with: in a model, errors are far smaller.
 
 ## By saved attribute
 
@@ -134,6 +136,7 @@ def _document(reports: dict[str, Report], total: Report, count: str) -> str:
         draws=DRAWS,
         few=FEW_DRAWS,
         tested=Z_TESTED,
+        elements=Z_ELEMENTS,
         bound=BOUND,
         saves="\n".join(saves),
         operators="\n".join(operators),
