@@ -55,7 +55,7 @@ def settings(model_name: str, args: argparse.Namespace) -> dict[str, Any]:
     if model_name == "popularity":
         return {}
     config = yaml.safe_load((CONFIGS / f"{model_name}-music.yaml").read_text())
-    data = {name: value for name, value in config["data"].items() if name != "root"}
+    data = {name: value for name, value in config["data"]["init_args"].items() if name != "root"}
     return {"model": config["model"]["init_args"], "data": data, "epochs": args.epochs, "patience": args.patience}
 
 
