@@ -17,6 +17,8 @@ from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.storages import Layout, storage_id
 from lightning_tinykg.codecs.lossless import RawCode
 
+_BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+
 _DYING = 4
 """Ops within which a node that only gave an index has died."""
 
@@ -75,7 +77,7 @@ class Books:
         A ``topk`` of which only the indices are used saves them, and is gone before the next few ops are.
         """
         self._ops += 1
-        if func is Tensor.backward:  # from here on, nodes die because they have done their work
+        if func in _BACKWARDS:  # from here on, nodes die because they have done their work
             self._recent.clear()
         for _ in range(len(self._recent)):
             noted, saved, entry = self._recent.popleft()

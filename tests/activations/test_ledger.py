@@ -395,3 +395,20 @@ def test_ratio_of_what_costs_nothing() -> None:
     assert {entry.codec for entry in ledger if entry.op == "IndexAdd.source"} <= {"shape"}
     assert ledger.stored_bytes <= 64
     assert ledger.ratio == (float("inf") if not ledger.stored_bytes else ledger.raw_bytes / ledger.stored_bytes)
+
+
+@pytest.mark.parametrize("how", ["backward", "autograd.backward", "autograd.grad", "outside"])
+def test_a_backward_within_the_context_takes_nothing_off_the_books(how: str) -> None:
+    """Its nodes die because they have done their work, not because nobody wanted them."""
+    linear, x = torch.nn.Linear(64, 64), torch.randn(100, 64)
+    backwards = {
+        "backward": lambda: linear(x).tanh().square().mean().backward(),
+        "autograd.backward": lambda: torch.autograd.backward(linear(x).tanh().square().mean()),
+        "autograd.grad": lambda: torch.autograd.grad(linear(x).tanh().square().mean(), list(linear.parameters())),
+        "outside": lambda: linear(x).tanh().square().mean(),
+    }
+    with compress_activations(bits=8, min_bytes=0) as ledger:
+        kept = backwards[how]()
+        torch.ones(1) + 1
+    assert ledger.raw_bytes == 100 * 64 * 4
+    del kept
