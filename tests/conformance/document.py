@@ -18,8 +18,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from checking import BOUND, DRAWS, FEW_DRAWS, Kept, Report
-from operators import DTYPES, NAMES, WITHOUT_GRADIENT, Z_ELEMENTS, Z_TESTED, check_operator
+from checking import BOUND, DRAWS, FEW_DRAWS, MANY_ELEMENTS, Kept, Report
+from operators import DTYPES, NAMES, WITHOUT_GRADIENT, Z_TESTED, check_operator
 from rich.progress import track
 
 OUT = Path(__file__).parents[2] / "docs" / "ops.md"
@@ -136,7 +136,7 @@ def _document(reports: dict[str, Report], total: Report, count: str) -> str:
         draws=DRAWS,
         few=FEW_DRAWS,
         tested=Z_TESTED,
-        elements=Z_ELEMENTS,
+        elements=MANY_ELEMENTS,
         bound=BOUND,
         saves="\n".join(saves),
         operators="\n".join(operators),

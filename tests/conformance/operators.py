@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from checking import WIDTHS, Case, Report, check
+from checking import MANY_ELEMENTS, WIDTHS, Case, Report, check
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_leaves, tree_map
@@ -15,9 +15,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.com
 
 Z_TESTED = 12
 """Cases of each operator and dtype that are tested for a bias: some operators come with hundreds that differ little."""
-
-Z_ELEMENTS = 20_000
-"""The most elements that such a case may have: a few have millions."""
 
 _OPERATORS: dict[str, Any] = {
     f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name: op for op in op_db
@@ -59,7 +56,7 @@ def cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
         for way, function in ways.items():
             label = f"{name}{way}, {str(dtype).removeprefix('torch.')}, sample {number}"
             forward, finish = _Call(function, sample), sample.output_process_fn_grad
-            z_test = not way and sum(leaf.numel() for leaf in leaves) <= Z_ELEMENTS
+            z_test = not way and sum(leaf.numel() for leaf in leaves) <= MANY_ELEMENTS
             yield Case(label, forward, leaves, finish, z_test, saturated=True)
 
 
