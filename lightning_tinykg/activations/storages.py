@@ -175,22 +175,6 @@ class Layout:
             run *= size
         return cls(shape, stride, offset, 0 if 0 in shape else run, dense)
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether elements share memory other than by an expanded dimension, as the windows of ``unfold`` do.
-
-        Example:
-            >>> x = torch.arange(10.0)
-            >>> Layout.of(x.unfold(0, 4, 2)).overlaps, Layout.of(x.view(5, 2)[:, :1].expand(5, 3)).overlaps
-            (True, False)
-        """
-        extent = 1
-        for step, size in sorted((s, n) for n, s in zip(self.shape, self.stride, strict=True) if n != 1 and s != 0):
-            if step < extent:
-                return True
-            extent += step * (size - 1)
-        return False
-
     def group(self, limit: int) -> int:
         """A group size of at most ``limit`` that fits the rows, so that no group straddles two of them.
 
@@ -224,7 +208,7 @@ class Layout:
             return flat.as_strided(self.shape, self.stride, flat.storage_offset())
         small = [1 if s == 0 else n for n, s in zip(self.shape, self.stride, strict=True)]
         rows = flat.view(small)
-        if strided and not self.overlaps:
+        if strided:
             rows = flat.new_empty_strided(small, self.stride).copy_(rows)
         return rows.expand(self.shape)
 
