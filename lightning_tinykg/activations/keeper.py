@@ -112,7 +112,7 @@ class Keeper:
         Args:
             saved: the handle; its raw tensor is let go of.
             node: the autograd node, or None.
-            attribute: its saved attribute.
+            attribute: its saved attribute; without a node, the name of one that hides it.
             inputs: the inputs of the op that saved it, or None where that is not known.
             op: name of the Python-level function.
 
@@ -120,7 +120,7 @@ class Keeper:
             Its entry in the ledger.
         """
         tensor = saved.raw()
-        where = f"{node_name(node)}.{attribute}" if node is not None else "unknown"
+        where = f"{node_name(node)}.{attribute}" if node is not None else attribute or "unknown"
         if node is None and saved.function:
             where = f"{saved.function}.tensors"
         entry = self._books.enter(saved.module, where, "reference", tensor)
@@ -134,7 +134,7 @@ class Keeper:
             self._books.charge(saved, tensor, entry)
             self.widths.charge(entry.raw_bytes)
             self.widths.turn_to(saved.module, where)
-            if saved.exact:
+            if saved.exact or (node is None and attribute):
                 kept = self._choose(tensor, EXACT, entry, op, node)
             elif self._by_rules:
                 kept = self._choose(tensor, rule_for(node, attribute), entry, op, node)

@@ -20,7 +20,10 @@ from lightning_tinykg.activations.keeper import Keeper
 from lightning_tinykg.activations.keeping import Reference, Saved, not_compiled
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.modules import ModuleTracker
-from lightning_tinykg.activations.storages import tensors_in, unwrapped
+from lightning_tinykg.activations.storages import node_name, tensors_in, unwrapped
+
+_HIDING = "CopySlices"
+"""The node of an op in place on a view. What it holds is an op of PyTorch's own, but not known which."""
 
 _PATIENCE = 8
 """Ops after which a save that no op has claimed is taken for unknown."""
@@ -126,11 +129,13 @@ class Observer(TorchFunctionMode):
 
     def _encode(self, roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> None:
         pending = {id(saved): saved for reference in self._pending if (saved := reference()) is not None}
-        for saved, node, attribute in _named_saves(roots, self._floor):
-            if pending.pop(id(saved), None) is not None:
-                self._keep(saved, node, attribute, inputs, op)
-                if not pending:
-                    break
+        hidden = self._name(pending, roots, inputs, op)
+        if pending:  # a node that nothing leads to, of a check within the op, is held by its own result
+            hidden |= self._name(pending, [saved.raw() for saved in pending.values()], inputs, op)
+        if hidden:  # the rest is what is in there
+            for saved in pending.values():
+                self._keep(saved, None, _HIDING, inputs, op)
+            pending.clear()
         self._pending = []
         for saved in pending.values():
             saved.attempts += bool(inputs)  # an op has run
@@ -140,6 +145,18 @@ class Observer(TorchFunctionMode):
                 self._pending.append(weakref.ref(saved))
         if not self._pending and inputs is not None:  # else it may be in a custom function, whose node is older
             self._floor = torch.autograd._get_sequence_nr()
+
+    def _name(self, pending: dict[int, Saved], roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> bool:
+        """Keep those pending saves that the graph of ``roots`` names; whether it hides others."""
+        hidden = False
+        for saved, node, attribute in _named_saves(roots, self._floor):
+            if saved is None:
+                hidden = True
+            elif pending.pop(id(saved), None) is not None:
+                self._keep(saved, node, attribute, inputs, op)
+                if not pending:
+                    break
+        return hidden
 
     def _keep(self, saved: Saved, node: Any, attribute: str, inputs: list[Tensor] | None, op: str) -> None:
         entry = self.keeper.keep(saved, node, attribute, inputs, op)
@@ -182,8 +199,11 @@ def _beneath(value: Any) -> Any:
     return tree_map_only(Tensor, unwrapped, value)
 
 
-def _named_saves(roots: Iterable[Tensor], floor: int) -> Iterator[tuple[Saved, Any, str]]:
-    """The saves of the nodes behind some tensors that are not older than ``floor``, with node and attribute."""
+def _named_saves(roots: Iterable[Tensor], floor: int) -> Iterator[tuple[Saved | None, Any, str]]:
+    """The saves of the nodes behind some tensors that are not older than ``floor``, with node and attribute.
+
+    None stands for a node that hides another, whose saves can't be seen: that of an op in place on a view.
+    """
     stack = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None]
     seen = set()
     while stack:
@@ -191,6 +211,8 @@ def _named_saves(roots: Iterable[Tensor], floor: int) -> Iterator[tuple[Saved, A
         if node in seen or node._sequence_nr() < floor:
             continue
         seen.add(node)
+        if node_name(node) == _HIDING:
+            yield None, node, ""
         for name, attribute in _raw_attributes(type(node)):
             try:
                 raw = getattr(node, attribute)

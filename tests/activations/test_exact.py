@@ -525,3 +525,35 @@ def test_slices(name: str) -> None:
     """A slice comes back with its strides: contiguous, some kernels differ in the last bit."""
     x = torch.randn(30, 32, requires_grad=True)
     assert_exact(lambda: weighted(SLICES[name](made(x))), [x])
+
+
+VIEWS: dict[str, Callable[[Tensor], object]] = {
+    "log": lambda h: h[:, :8].log_(),
+    "sqrt": lambda h: h[:, 4:].sqrt_(),
+    "pow": lambda h: h[::2].pow_(-1.5),
+    "division": lambda h: h[:, :8].div_(h[:, 8:16].clone() + 1),
+    "mul": lambda h: h[3].mul_(h[4].clone()),
+    "rows": lambda h: h.view(-1)[10:50].exp_(),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("bits", [32, 8, 2])
+def test_ops_in_place_on_views(name: str, bits: int) -> None:
+    """Their node is hidden in another, and what it saved is kept exactly: it might be a logarithm's."""
+    x = (torch.rand(30, 32) + 1e-3).requires_grad_()
+
+    def loss() -> Tensor:
+        h = made(x)
+        VIEWS[name](h)
+        return weighted(h)
+
+    ledger = assert_exact(loss, [x], bits)
+    assert "unknown" not in {entry.op for entry in ledger}
+
+
+def test_a_check_within_an_op_leaves_nothing() -> None:
+    """``cov`` asks for the least of its weights, which saves them in a node that nothing leads to."""
+    x, weights = torch.randn(4, 50, requires_grad=True), (torch.rand(50) + 0.1).requires_grad_()
+    ledger = assert_exact(lambda: torch.cov(made(x), aweights=made(weights), correction=0).sum(), [x, weights])
+    assert "unknown" not in {entry.op for entry in ledger}
