@@ -38,8 +38,16 @@ def amplified(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         ((1, 2), (), (2,))
     """
     name = getattr(func, "__name__", "").partition(".")[0]
+    if name == "__getitem__" and _is_view(args[1]):
+        return ()
     if name in _AMPLIFYING:
         return (*args, *kwargs.values())
     if name in _QUOTIENTS:
         return (*args[1:], kwargs.get("other"))[:1]
     return args[:1] if name in ("__rtruediv__", "__rdiv__") else ()
+
+
+def _is_view(index: Any) -> bool:
+    """Whether an index only rearranges: ``x[..., None]`` picks nothing."""
+    items = index if isinstance(index, tuple) else (index,)
+    return all(item is None or item is Ellipsis or (isinstance(item, slice) and item == slice(None)) for item in items)
