@@ -22,7 +22,7 @@ Aggregator = Literal["bi-interaction", "sum", "concat"]
 Attention = Literal["refresh", "frozen", "in-graph"]
 
 
-class KGATConv(MessagePassing):  # type: ignore[misc]
+class KGATConv(MessagePassing):  # type: ignore[misc]  # PyG is untyped here
     """One propagation layer of KGAT: a weighted sum of the neighbours, mixed with the node itself.
 
     With `e_N = sum_j w_ij e_j` (Wang et al., KDD 2019, arXiv 1905.07854, equations 3 and 6 to 8):

@@ -48,7 +48,7 @@ FRAGILE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("spread", [1.0, 8.0])
 @pytest.mark.parametrize("name", FRAGILE)
 def test_fragile_results(name: str, spread: float, bits: int) -> None:
-    """Off by 27 times the gradient if they are rounded."""
+    """The first is off by several times the gradient, at 8 bits and a spread of 8, if it is rounded."""
     assert error(FRAGILE[name], wide(spread), bits) < 0.01
 
 
