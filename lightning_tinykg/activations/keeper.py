@@ -15,9 +15,10 @@ from lightning_tinykg.activations import changes
 from lightning_tinykg.activations.books import Books
 from lightning_tinykg.activations.costs import Costs
 from lightning_tinykg.activations.fragile import FRAGILE, amplified
-from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Reference, Remade, Saved
+from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Reference, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
+from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.rules import ANGLE, EXACT, LINEAR, MASK, SHAPE, SIGN, Need, Rule, Side, rule_for
 from lightning_tinykg.activations.sensitivity import Rounded
 from lightning_tinykg.activations.storages import (
@@ -29,6 +30,7 @@ from lightning_tinykg.activations.storages import (
     tensors_in,
 )
 from lightning_tinykg.activations.widths import Widths
+from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.bits.plan import BitPlan
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
 from lightning_tinykg.codecs.lossless import (
@@ -61,6 +63,7 @@ class Keeper:
     ) -> None:
         self.ledger = ledger
         self.provenance = Provenance()
+        self.workspace = Workspace()
         self.widths = Widths(plan, group_size)
         self._min_bytes = min_bytes
         self._by_rules = by_rules
@@ -71,6 +74,7 @@ class Keeper:
         self.rounded: dict[Record, Rounded] | None = None
         """Where it is asked for: the records that are rounded, and where they were saved."""
         self._recipes = RecipeBook(min_bytes)
+        self._makings: WeakValueDictionary[tuple[int, int, int], Making] = WeakValueDictionary()
         self._fragile: WeakValueDictionary[int, Record] = WeakValueDictionary()
 
     # -- what the forward does ----------------------------------------------------------------------------------
@@ -101,6 +105,7 @@ class Keeper:
     def finish(self) -> None:
         """The forward is over: leave out of the count what the user still holds, and let go of everything."""
         self._recipes.clear()
+        self._makings.clear()
         self._fragile.clear()
         self._books.close()
 
@@ -262,9 +267,15 @@ class Keeper:
         return self._follow(recipe, least, geometry, entry)
 
     def _follow(self, recipe: Recipe, least: int, geometry: tuple[Any, Any, int], entry: Entry) -> Kept:
-        """Keep all that a recipe starts from."""
-        args = self._argument(recipe.args, 32 if recipe.pointwise else least, entry)
-        return Remade(recipe.op, args, recipe.kwargs, *geometry)
+        """Keep all that a recipe starts from; every save of what it makes follows it together."""
+        least = 32 if recipe.pointwise else least
+        key = (recipe.result.cdata, recipe.version, least)
+        making = self._makings.get(key)
+        if making is None:
+            args = self._argument(recipe.args, least, entry)
+            making = Making(recipe.op, args, recipe.kwargs, recipe.shape, recipe.dtype, recipe.result)
+            self._makings[key] = making
+        return Remade(making, *geometry)
 
     def _argument(self, argument: Any, least: int, entry: Entry) -> Any:
         """What is kept in an argument's place: of tensors a form, of tuples what is in them, all else itself."""

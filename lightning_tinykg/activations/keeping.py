@@ -16,13 +16,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.storages import Layout
+from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.codecs.lossless import Code
 
 
 class Kept(Protocol):
     """What is kept of one saved tensor."""
 
-    def restore(self) -> Tensor:
+    def restore(self, workspace: Workspace) -> Tensor:
         """The tensor: its shape, dtype and device, and values that serve its backward."""
 
 
@@ -56,7 +57,7 @@ class Reference:
         """A reference to a tensor, at its present version."""
         return cls(tensor.detach(), tensor._version, what)
 
-    def restore(self) -> Tensor:
+    def restore(self, workspace: Workspace | None = None) -> Tensor:
         """The tensor, if it is still what it was.
 
         Raises:
@@ -90,12 +91,12 @@ class Record:
     levels: dict[Any, Code] = field(default_factory=dict)
     degraded: Callable[[Tensor], Tensor] | None = None
 
-    def elements(self) -> Tensor:
+    def elements(self, workspace: Workspace) -> Tensor:
         """The elements, restored."""
         if self.reference is not None:
             return self.reference.restore()
         assert self.value is not None
-        elements = self.value.decode()
+        elements = self.value.decode(workspace.empty)
         return elements if self.degraded is None else self.degraded(elements)
 
 
@@ -106,9 +107,9 @@ class Coded:
     record: Record
     layout: Layout
 
-    def restore(self) -> Tensor:
+    def restore(self, workspace: Workspace) -> Tensor:
         """De-quantized, or as it was, to the strides: with others, a kernel may take a path that differs in a bit."""
-        return self.layout.restore(self.record.elements(), strided=self.record.bits == 32)
+        return self.layout.restore(self.record.elements(workspace), strided=self.record.bits == 32)
 
 
 @dataclass(slots=True)
@@ -125,46 +126,12 @@ class Levels:
     layout: Layout
     record: Record | None = None
 
-    def restore(self) -> Tensor:
+    def restore(self, workspace: Workspace) -> Tensor:
         """Representatives of each element's side."""
-        flat = self.code.decode()
+        flat = self.code.decode(workspace.empty)
         if flat.numel() and flat.stride() == (0,):  # shape only: zeros without memory
             return flat[0].expand(self.layout.shape)
         return self.layout.restore(flat)
-
-
-@dataclass(slots=True)
-class Remade:
-    """A tensor that is made again when it is needed: gathered from a table, or computed from exact ingredients.
-
-    Attributes:
-        op: the op, called as in the forward.
-        args: its arguments; a :class:`Kept` stands for each tensor.
-        kwargs: its keyword arguments.
-        shape: shape of the saved tensor, which may be a view of what the op makes.
-        stride: its strides.
-        offset: its offset in what the op makes.
-    """
-
-    op: Callable[..., Tensor]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def restore(self) -> Tensor:
-        """Run the op again."""
-        made = self.op(*(_restored(argument) for argument in self.args), **self.kwargs)
-        return made.as_strided(self.shape, self.stride, made.storage_offset() + self.offset)
-
-
-def _restored(argument: Any) -> Any:
-    if isinstance(argument, tuple):
-        return tuple(_restored(item) for item in argument)
-    if isinstance(argument, (Reference, Coded, Remade, Levels)):
-        return argument.restore()
-    return argument
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -199,11 +166,14 @@ class Saved:
         attempts: how often no op has claimed it.
         function: the custom function that saved it, by class name: ``CompiledFunction`` is a compiled graph.
         call: a number that all saves of one call of that function share.
+        workspace: the memory that it is restored into.
     """
 
-    __slots__ = ("__weakref__", "attempts", "call", "exact", "function", "kept", "module", "tensor", "version")
+    __slots__ = (
+        "__weakref__", "attempts", "call", "exact", "function", "kept", "module", "tensor", "version", "workspace",
+    )  # fmt: skip
 
-    def __init__(self, tensor: Tensor, module: str, exact: bool) -> None:
+    def __init__(self, tensor: Tensor, module: str, exact: bool, workspace: Workspace) -> None:
         self.tensor: Tensor | None = tensor
         self.version = tensor._version
         self.kept: Kept | None = None
@@ -212,6 +182,7 @@ class Saved:
         self.attempts = 0
         self.function = ""
         self.call = -1
+        self.workspace = workspace
 
     def raw(self) -> Tensor:
         """The tensor, while it is not encoded."""
@@ -231,7 +202,7 @@ class Saved:
         """
         with torch._C.DisableTorchFunction():
             if self.kept is not None:
-                return self.kept.restore()
+                return self.kept.restore(self.workspace)
             tensor = self.raw()
             check_version(tensor, self.version, "saved for backward")
             return tensor.detach()

@@ -80,7 +80,7 @@ class Observer(TorchFunctionMode):
         exact = bool(self.exact) or not self.tracker.covers
         if THREAD.exact and self not in THREAD.observers:
             exact = True
-        saved = Saved(tensor, self.tracker.path, exact=exact)
+        saved = Saved(tensor, self.tracker.path, exact, self.keeper.workspace)
         caller = sys._getframe(1)
         if caller.f_code is _APPLY:
             saved.function, saved.call = caller.f_locals["cls"].__name__, torch.autograd._get_sequence_nr()

@@ -78,6 +78,8 @@ class Recipe:
         pointwise: whether it computes, and so has to start from exact values; if not, it gathers.
         result: the storage of what it made.
         version: the version of what it made.
+        shape: the shape of what it made, which was contiguous.
+        dtype: the dtype of what it made.
     """
 
     op: Callable[..., Tensor]
@@ -86,6 +88,8 @@ class Recipe:
     pointwise: bool
     result: StorageWeakRef
     version: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
     def ingredients(self) -> Iterator[Ingredient]:
         """All tensors it starts from."""
@@ -135,7 +139,8 @@ class RecipeBook:
             return
         largest = 0 if pointwise else max(out.nbytes, self._min_bytes)
         made = tuple(self._ingredient(argument, largest) for argument in op_args)
-        recipe = Recipe(op, made, op_kwargs, pointwise, StorageWeakRef(out.untyped_storage()), out._version)
+        result = StorageWeakRef(out.untyped_storage())
+        recipe = Recipe(op, made, op_kwargs, pointwise, result, out._version, tuple(out.shape), out.dtype)
         if pointwise and not all(i.floating and i.layout.dense for i in recipe.ingredients()):
             return  # restored with other strides, it might take another path through the kernel
         self._recipes[storage_id(out)] = recipe

@@ -7,6 +7,7 @@ decided by storage, never by address: addresses are used again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -195,6 +196,12 @@ class Layout:
             width = dimensions[0][1]
             row = max(divisor for divisor in range(1, limit + 1) if width % divisor == 0)
         return row if 4 * row >= limit else limit
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether it is a contiguous table, row after row."""
+        contiguous = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        return self.dense and len(self.shape) > 1 and self.stride == contiguous
 
     def run(self, tensor: Tensor) -> Tensor:
         """The elements to keep: flat where they are a run, otherwise the tensor without its expanded dimensions."""

@@ -20,20 +20,21 @@ What other quantizers of saved tensors get wrong, and this one does not:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from lightning_tinykg.codecs.noise import uniform
-from lightning_tinykg.codecs.packing import check_bits, pack_codes, packed_size, unpack_codes
+from lightning_tinykg.codecs.kernels import kernels_for
+from lightning_tinykg.codecs.packing import check_bits, packed_size
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What can be quantized."""
 
-MIN_SCALE = 2.0**-100
-"""The least scale: below it, ``1 / s`` overflows; a group this narrow is as good as constant."""
+Allocate = Callable[..., Tensor]
+"""Gives memory: called as ``torch.empty(numel, dtype=..., device=...)``."""
 
 _SCRATCH_BYTES_PER_ELEMENT = 24
 _CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 23}
@@ -75,9 +76,45 @@ class AffineCode:
         """All that is kept: codes, scales, zero points, exact groups."""
         return sum(t.nbytes for t in (self.codes, self.zero, self.scale, self.exact_index, self.exact_value))
 
-    def decode(self) -> Tensor:
+    def decode(self, allocate: Allocate = torch.empty) -> Tensor:
         """Restore the tensor, flat: shape ``[numel]``, in its own dtype."""
-        return dequantize(self)
+        return dequantize(self, allocate(self.numel, dtype=self.dtype, device=self.codes.device))
+
+    def rows(self, index: Tensor, width: int) -> Tensor | None:
+        """Restore some rows of a table.
+
+        Args:
+            index: which, in ``[0, numel / width)``: shape ``[n]``.
+            width: elements of a row.
+
+        Returns:
+            Shape ``[n, width]``; None where groups and rows don't fit into one another, or where some groups are kept
+            as they are.
+
+        Example:
+            >>> table = torch.randn(1000, 64)
+            >>> code = quantize(table, bits=8, key=0)
+            >>> index = torch.tensor([7, 990])
+            >>> torch.equal(code.rows(index, 64), code.decode().view(1000, 64)[index])
+            True
+        """
+        size = self.group_size
+        if self.exact_index.numel() or (width % size and size % width) or self.numel % size:
+            return None
+        per_row, per_group = max(width // size, 1), max(size // width, 1)
+        groups = (index // per_group)[:, None] * per_row + torch.arange(per_row, device=index.device)
+        groups = groups.view(-1)
+        some = replace(
+            self,
+            codes=self.codes[groups],
+            zero=self.zero[groups],
+            scale=self.scale[groups],
+            numel=groups.numel() * size,
+        )
+        rows = dequantize(some).view(index.numel(), -1, width)
+        if per_group == 1:
+            return rows.view(-1, width)
+        return rows[torch.arange(index.numel(), device=index.device), index % per_group]
 
 
 def quantized_size(numel: int, bits: int, group_size: int, metadata: torch.dtype = torch.bfloat16) -> int:
@@ -132,45 +169,23 @@ def quantize(
         raise ValueError(f"metadata must be torch.bfloat16 or torch.float32, got {metadata}")
     device, numel = tensor.device, tensor.numel()
     groups = -(-numel // group_size)
-    group_bytes = packed_size(group_size, bits)
-    padded_group = group_bytes * 8 // bits  # a group whose codes do not fill whole bytes is padded to do so
-    codes = torch.empty(groups, group_bytes, dtype=torch.uint8, device=device)
+    codes = torch.empty(groups, packed_size(group_size, bits), dtype=torch.uint8, device=device)
     zero = torch.empty(groups, dtype=metadata, device=device)
     scale = torch.empty(groups, dtype=metadata, device=device)
     exact_index: list[Tensor] = []
     exact_value: list[Tensor] = []
+    kernels = kernels_for(device)
 
-    for start, chunk in iterate_chunks(tensor, group_size):
-        first, count = start // group_size, -(-chunk.numel() // group_size)
-        x = torch.empty(count * group_size, dtype=torch.float32, device=device)
-        x[: chunk.numel()].view(chunk.shape).copy_(chunk)
-        x[chunk.numel() :] = x[chunk.numel() - 1]  # the short group is filled up with an element of its own
-        x = x.view(count, group_size)
-        low, high = torch.aminmax(x, dim=1)
-        chunk_zero, chunk_scale, constant = _zero_and_scale(low, high, bits, metadata)
-        # the range may overflow where the values do not, hence the test on what would be restored
-        exact = ~torch.isfinite(chunk_zero + chunk_scale * (2**bits - 1))
-        exact |= low.isnan()  # rounding outward turns some NaNs into numbers
-        if chunk.dtype == torch.float64:
-            firsts = chunk.reshape(-1)[::group_size]
-            exact |= constant & (firsts != low)  # a constant that float32 does not hold
-        _keep_exact(x, exact, chunk, first, exact_index, exact_value)
-        chunk_scale = chunk_scale.masked_fill(exact, 1.0)
-
-        x.sub_(chunk_zero.masked_fill(exact, 0.0)[:, None]).div_(chunk_scale[:, None]).clamp_(0, 2**bits - 1)
-        level = x.floor()
-        x.sub_(level)
-        noise = uniform(key, start, count * group_size, device).view(count, group_size)
-        code = torch.empty(count, padded_group, dtype=torch.uint8, device=device)
-        if padded_group > group_size:
-            code[:, group_size:] = 0
-        torch.add(level, noise < x, out=level)
-        code[:, :group_size].copy_(level)
-        if metadata == torch.bfloat16:
-            chunk_zero, chunk_scale = _spread_constants(low, constant & ~exact, chunk_zero, chunk_scale, code)
-        codes[first : first + count] = pack_codes(code, bits)
-        zero[first : first + count] = chunk_zero.masked_fill(exact, math.nan)
-        scale[first : first + count] = chunk_scale
+    for start, chunk, rows in _groups(tensor, group_size, kernels.dtypes):
+        first = start // group_size
+        part = slice(first, first + rows.shape[0])
+        beyond = _constants_beyond_float32(chunk, rows) if chunk.dtype == torch.float64 else None
+        kernels.quantize(rows, key, start, bits, codes[part], zero[part], scale[part])
+        if beyond is not None:
+            codes[part].masked_fill_(beyond[:, None], 0)
+            zero[part].masked_fill_(beyond, math.nan)
+            scale[part].masked_fill_(beyond, 1.0)
+        _keep_exact(zero[part].isnan(), chunk, group_size, first, exact_index, exact_value)
 
     return AffineCode(
         codes,
@@ -185,42 +200,69 @@ def quantize(
     )
 
 
-def dequantize(code: AffineCode) -> Tensor:
+def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
     """Restore what :func:`quantize` made a code of.
 
     Args:
         code: the code.
+        out: where to put the elements: contiguous, shape ``[numel]``, dtype and device of the tensor. None allocates
+            it; fresh memory can cost more than all of the arithmetic.
 
     Returns:
-        Shape ``[numel]``, in the dtype and on the device of the tensor.
+        Shape ``[numel]``, in the dtype and on the device of the tensor: ``out``, if that is given.
+
+    Raises:
+        ValueError: if ``out`` can't hold it.
 
     Example:
         >>> dequantize(quantize(torch.full((3, 50), 0.1), bits=1, key=0)).unique()
         tensor([0.1000])
     """
-    groups = code.codes.shape[0]
-    group_size = code.group_size
-    out = torch.empty(groups * group_size, dtype=code.dtype, device=code.codes.device)
-    rows = out.view(groups, group_size)
-    finfo = torch.finfo(code.dtype)
-    step = max(1, _CHUNK_ELEMENTS.get(out.device.type, 1 << 17) // group_size)
-    for first in range(0, groups, step):
-        part = slice(first, first + step)
-        codes = unpack_codes(code.codes[part], code.bits)[:, :group_size]
-        zero, scale = code.zero[part].float(), code.scale[part].float()
-        if code.dtype == torch.float32:
-            x = torch.mul(codes, scale[:, None], out=rows[part]).add_(zero[:, None])
-        else:
-            x = torch.mul(codes, scale[:, None]).add_(zero[:, None])
-            if code.dtype.itemsize == 2:  # rounded outward, the ends may lie beyond what a narrow dtype holds
+    device, dtype, group_size = code.codes.device, code.dtype, code.group_size
+    if out is None:
+        out = torch.empty(code.numel, dtype=dtype, device=device)
+    elif out.shape != (code.numel,) or out.dtype != dtype or out.device != device or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous, of shape [{code.numel}], {dtype} and on {device}, "
+            f"got shape {list(out.shape)}, {out.dtype}, on {out.device}, strides {out.stride()}"
+        )
+    kernels, finfo = kernels_for(device), torch.finfo(dtype)
+    reads = dtype in kernels.dtypes or dtype == torch.float32
+    limit = code.numel if dtype in kernels.dtypes else _CHUNK_ELEMENTS.get(device.type, 1 << 17)
+    whole = code.numel // group_size
+    ends = [*range(0, whole, max(1, limit // group_size)), whole, code.codes.shape[0]]  # the last may be a short group
+    for first, last in pairwise(ends):
+        if first == last:
+            continue
+        part, place = slice(first, last), out[first * group_size : last * group_size]
+        numel = (last - first) * group_size
+        direct = reads and place.numel() == numel
+        x = place if direct else torch.empty(numel, dtype=dtype if reads else torch.float32, device=device)
+        kernels.dequantize(code.codes[part], code.zero[part], code.scale[part], code.bits, x.view(-1, group_size))
+        if not direct:
+            if dtype.itemsize == 2:  # rounded outward, the ends may lie beyond what a narrow dtype holds
                 x.clamp_(finfo.min, finfo.max)
-        if code.scale.dtype == torch.bfloat16:
-            _restore_constants(x, code.zero[part], code.scale[part], codes)
-        if code.dtype != torch.float32:
-            rows[part] = x
+            place.copy_(x[: place.numel()])
     if code.exact_index.numel():
-        rows.index_copy_(0, code.exact_index.long(), code.exact_value)
-    return out[: code.numel]
+        _restore_exact(out, code, whole)
+    return out
+
+
+def _restore_exact(out: Tensor, code: AffineCode, whole: int) -> None:
+    """Put the groups that were kept as they are back in their places; the last may be short."""
+    index, size = code.exact_index.long(), code.group_size
+    rows = out[: whole * size].view(whole, size)
+    if whole == code.codes.shape[0]:
+        rows.index_copy_(0, index, code.exact_value)
+        return
+    place = index[:, None] * size + torch.arange(size, device=index.device)
+    # what is beyond the end is written where the group's first element is, with that element
+    inside = place < code.numel
+    place, value = (
+        torch.where(inside, place, place[:, :1]),
+        torch.where(inside, code.exact_value, code.exact_value[:, :1]),
+    )
+    out.index_copy_(0, place.view(-1), value.reshape(-1))
 
 
 def iterate_chunks(tensor: Tensor, multiple: int) -> Iterator[tuple[int, Tensor]]:
@@ -257,72 +299,58 @@ def iterate_chunks(tensor: Tensor, multiple: int) -> Iterator[tuple[int, Tensor]
         yield first * row, rows[first : first + step]
 
 
-def _zero_and_scale(low: Tensor, high: Tensor, bits: int, metadata: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero point and scale in float32, already rounded outward to ``metadata``, and which groups are constant."""
-    constant = low == high
-    if metadata == torch.float32:
-        return low, ((high - low) / (2**bits - 1)).clamp_(min=MIN_SCALE), constant
-    zero = _round_down(low)
-    scale = _round_up(((high - zero) / (2**bits - 1)).clamp_(min=MIN_SCALE))
-    return zero, scale, constant
+def _groups(tensor: Tensor, group_size: int, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Cut a tensor into groups that kernels can read.
+
+    Args:
+        tensor: any shape and strides.
+        group_size: elements of a group.
+        dtypes: what the kernels read as it is.
+
+    Yields:
+        The position of the first element; a piece of the tensor; and its groups, shape ``[groups, group_size]``: the
+        piece itself, or a copy in float32, whose last, short group is filled up with an element of its own.
+    """
+    direct = 0
+    if tensor.dtype in dtypes and tensor.is_contiguous() and not (tensor._is_zerotensor() or tensor.is_neg()):
+        flat = tensor.view(-1)
+        direct = flat.numel() // group_size * group_size
+        if direct:
+            yield 0, flat[:direct], flat[:direct].view(-1, group_size)
+        tensor = flat[direct:]
+    for start, chunk in iterate_chunks(tensor, group_size):
+        numel = chunk.numel()
+        rows = torch.empty(-(-numel // group_size) * group_size, dtype=torch.float32, device=tensor.device)
+        rows[:numel].view(chunk.shape).copy_(chunk)
+        rows[numel:] = rows[numel - 1]
+        yield direct + start, chunk, rows.view(-1, group_size)
 
 
-def _round_down(x: Tensor) -> Tensor:
-    """The largest bfloat16 not above x, as float32."""
-    word = x.view(torch.int32)
-    # in sign and magnitude, down is towards zero for a positive number and away from it for a negative one
-    away = (word >> 31) & 0xFFFF
-    return ((word + away) & ~0xFFFF).view(torch.float32)
+def _constants_beyond_float32(chunk: Tensor, rows: Tensor) -> Tensor:
+    """Which groups of float64 are constant in float32, but are not what float32 holds: bool, shape ``[groups]``."""
+    low, high = torch.aminmax(rows, dim=1)
+    return (low == high) & (chunk.reshape(-1)[:: rows.shape[1]] != low)
 
 
-def _round_up(x: Tensor) -> Tensor:
-    """The smallest bfloat16 not below x >= 0, as float32."""
-    return ((x.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
-
-
-def _keep_exact(x: Tensor, exact: Tensor, chunk: Tensor, first: int, index: list[Tensor], value: list[Tensor]) -> None:
-    """Put the groups that can't be quantized aside, and zeros in their place.
+def _keep_exact(
+    exact: Tensor, chunk: Tensor, group_size: int, first: int, index: list[Tensor], value: list[Tensor]
+) -> None:
+    """Put the groups that can't be quantized aside.
 
     On the CPU there are as many places as such groups. A GPU can't be asked how many without waiting for it: there
     are ``1 + groups / 1024`` places, unused ones hold group 0, and groups beyond them restore as NaN, which is loud.
     """
-    count, group_size = x.shape
-    if x.device.type == "cpu":
+    if exact.device.type == "cpu":
         which = exact.nonzero().view(-1)
         if not which.numel():
             return
     else:
-        which = torch.nonzero_static(exact, size=1 + count // 1024, fill_value=0).view(-1)
-    rows = torch.empty(count * group_size, dtype=chunk.dtype, device=chunk.device)
-    rows[: chunk.numel()].view(chunk.shape).copy_(chunk)
-    rows[chunk.numel() :] = 0
+        which = torch.nonzero_static(exact, size=1 + exact.numel() // 1024, fill_value=0).view(-1)
+    place = which[:, None] * group_size + torch.arange(group_size, device=which.device)
+    inside = place < chunk.numel()
+    if chunk.is_contiguous():
+        rows = chunk.view(-1)[place.clamp_(max=chunk.numel() - 1)]
+    else:  # row-major places to indices, so that nothing but these groups is copied
+        rows = chunk[torch.unravel_index(place.clamp_(max=chunk.numel() - 1), chunk.shape)]
     index.append((which + first).to(torch.int32))
-    value.append(rows.view(count, group_size)[which])
-    x.masked_fill_(exact[:, None], 0.0)
-
-
-def _spread_constants(
-    low: Tensor, constant: Tensor, zero: Tensor, scale: Tensor, code: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Spread the 32 bits of a constant group over zero point, scale (marked by its sign bit) and codes."""
-    zero, scale = zero.bfloat16(), scale.bfloat16()
-    if constant.device.type == "cpu" and not constant.any():
-        return zero, scale
-    word = low.view(torch.int32)
-    upper, lower = (word >> 16).to(torch.int16), word & 0xFFFF
-    marked = ((lower >> 1) - (1 << 15)).to(torch.int16)
-    zero = torch.where(constant, upper, zero.view(torch.int16)).view(torch.bfloat16)
-    scale = torch.where(constant, marked, scale.view(torch.int16)).view(torch.bfloat16)
-    code.copy_(torch.where(constant[:, None], (lower & 1).to(torch.uint8)[:, None], code))
-    return zero, scale
-
-
-def _restore_constants(x: Tensor, zero: Tensor, scale: Tensor, codes: Tensor) -> None:
-    """Undo :func:`_spread_constants`, in place."""
-    marked = scale.view(torch.int16)
-    constant = marked < 0
-    if constant.device.type == "cpu" and not constant.any():
-        return
-    lower = (marked.to(torch.int32) & 0x7FFF) << 1 | (codes[:, 0].to(torch.int32) & 1)
-    word = (zero.view(torch.int16).to(torch.int32) << 16) | lower
-    x.copy_(torch.where(constant[:, None], word.view(torch.float32)[:, None], x))
+    value.append(rows.masked_fill_(~inside, 0))

@@ -7,15 +7,15 @@ element lies: ReLU keeps whether its result is positive, and restores 1 or 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from lightning_tinykg.codecs.affine import iterate_chunks
-from lightning_tinykg.codecs.packing import pack_codes, unpack_codes
+from lightning_tinykg.codecs.affine import Allocate, iterate_chunks
+from lightning_tinykg.codecs.kernels import kernels_for
 
 _BLOCK = 1 << 15  # elements whose codes are packed together; what is stored depends on it
 
@@ -32,8 +32,12 @@ class Code(Protocol):
     def nbytes(self) -> int:
         """All the bytes that are kept."""
 
-    def decode(self) -> Tensor:
-        """Restore the tensor, flat: shape ``[numel]``, in row-major order."""
+    def decode(self, allocate: Allocate = torch.empty) -> Tensor:
+        """Restore the tensor, flat: shape ``[numel]``, in row-major order.
+
+        Args:
+            allocate: gives the memory, called as ``torch.empty(numel, dtype=, device=)``.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class ShapeCode:
     name = "shape"
     nbytes = 0
 
-    def decode(self) -> Tensor:
+    def decode(self, allocate: Allocate = torch.empty) -> Tensor:
         """Zeros that take no memory: shape ``[numel]``."""
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.numel)
 
@@ -65,7 +69,7 @@ class RawCode:
         """The bytes of the elements."""
         return self.values.nbytes
 
-    def decode(self) -> Tensor:
+    def decode(self, allocate: Allocate = torch.empty) -> Tensor:
         """The elements: shape ``[numel]``."""
         return self.values
 
@@ -96,15 +100,14 @@ class LevelCode:
         """The packed codes and the levels."""
         return self.codes.nbytes + self.levels.nbytes
 
-    def decode(self) -> Tensor:
+    def decode(self, allocate: Allocate = torch.empty) -> Tensor:
         """The level of each element: shape ``[numel]``."""
-        out = torch.empty(self.numel, dtype=self.levels.dtype, device=self.codes.device)
-        block_bytes = _BLOCK * self.bits // 8
-        for block, packed in enumerate(self.codes.split(block_bytes)):
-            part = out[block * _BLOCK : (block + 1) * _BLOCK]
-            index = unpack_codes(packed, self.bits)[: part.numel()]
-            torch.index_select(self.levels, 0, index.int(), out=part)
-        return out
+        lanes = 8 // self.bits
+        out = allocate(self.codes.numel() * lanes, dtype=self.levels.dtype, device=self.codes.device)
+        kernels = kernels_for(out.device)
+        for codes, part in zip(_blocks(self.codes, _BLOCK // lanes), _blocks(out, _BLOCK), strict=True):
+            kernels.unpack_levels(codes, self.levels, self.bits, part)
+        return out[: self.numel]
 
 
 def encode_levels(
@@ -134,16 +137,24 @@ def encode_levels(
     bits, numel = levels.numel() // 2, tensor.numel()
     lanes = 8 // bits
     codes = torch.empty(-(-numel // lanes), dtype=torch.uint8, device=tensor.device)
+    kernels = kernels_for(tensor.device)
     for start, piece in iterate_chunks(tensor, _BLOCK):
-        classes = classify(piece).reshape(-1).to(torch.uint8)
-        for first in range(0, classes.numel(), _BLOCK):
-            block = classes[first : first + _BLOCK]
-            if spare := -block.numel() % lanes:
-                block = torch.cat([block, block.new_zeros(spare)])
-            packed = pack_codes(block, bits)
-            place = (start + first) // lanes
-            codes[place : place + packed.numel()] = packed
+        classes = classify(piece).reshape(-1).contiguous().view(torch.uint8)
+        if spare := -classes.numel() % lanes:
+            classes = torch.cat([classes, classes.new_zeros(spare)])
+        place = codes[start // lanes : (start + classes.numel()) // lanes]
+        for block, part in zip(_blocks(classes, _BLOCK), _blocks(place, _BLOCK // lanes), strict=True):
+            kernels.pack(block, bits, part)
     return LevelCode(codes, levels, numel, name)
+
+
+def _blocks(flat: Tensor, width: int) -> Iterator[Tensor]:
+    """A flat tensor as rows of ``width``, and what is left over as a row of its own."""
+    whole = flat.numel() // width * width
+    if whole:
+        yield flat[:whole].view(-1, width)
+    if whole < flat.numel():
+        yield flat[whole:].view(1, -1)
 
 
 def encode_bool(tensor: Tensor) -> LevelCode:
@@ -165,7 +176,8 @@ def encode_signs(tensor: Tensor) -> LevelCode:
     """
 
     def classify(piece: Tensor) -> Tensor:
-        return (piece >= 0).to(torch.uint8).add_(piece > 0).masked_fill_(piece.isnan(), 3)
+        classes = (piece >= 0).view(torch.uint8).add_((piece > 0).view(torch.uint8))
+        return classes.bitwise_or_((piece != piece).view(torch.uint8).mul_(3))  # NaN
 
     levels = torch.tensor([-1.0, 0.0, 1.0, torch.nan], dtype=tensor.dtype, device=tensor.device)
     return encode_levels(tensor, classify, levels, "sign")
@@ -215,7 +227,7 @@ class NarrowCode:
         """The narrow integers."""
         return self.values.nbytes
 
-    def decode(self) -> Tensor:
+    def decode(self, allocate: Allocate = torch.empty) -> Tensor:
         """The integers in their own dtype: shape ``[numel]``."""
         return self.values.to(self.dtype)
 

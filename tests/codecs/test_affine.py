@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from memory import LiveBytes
 from torch import Tensor
 
-from lightning_tinykg.codecs import affine
+from lightning_tinykg.codecs import affine, kernels
 from lightning_tinykg.codecs.affine import AffineCode, dequantize, quantize, quantized_size
 from lightning_tinykg.codecs.lossless import Code
 from lightning_tinykg.codecs.noise import make_key
@@ -19,6 +20,13 @@ GROUPS = (1, 7, 32, 63, 64, 100, 128, 256)
 INF, NAN = float("inf"), float("nan")
 TOP = torch.finfo(torch.float32).max
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@pytest.fixture(autouse=True, scope="module", params=["native", "reference"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All of it holds with either; where there is no compiler, both are the reference."""
+    with kernels.use(request.param):
+        yield
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,211 @@
+"""Tensors that are made again when they are needed: gathered from a table, or computed from exact ingredients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+
+from lightning_tinykg.activations.keeping import Coded, Levels, Reference
+from lightning_tinykg.activations.workspace import Workspace
+from lightning_tinykg.codecs.affine import AffineCode
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Making:
+    """How one tensor is made again, for every save of it.
+
+    Several saves of one tensor are asked for shortly after one another: by the op that used it, and by the op that
+    made it. Between the first and the last it is held, so that it is made once.
+
+    Attributes:
+        op: the op, called as in the forward.
+        args: its arguments; what is kept stands for each tensor.
+        kwargs: its keyword arguments.
+        shape: shape of what it makes, which is contiguous.
+        dtype: dtype of what it makes.
+        result: storage of what the forward made; while this is held, no other storage gets its identity.
+        saves: the saves that are views of it.
+        made: what it made, while it is held.
+    """
+
+    op: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    result: StorageWeakRef
+    saves: WeakSet[Remade] = field(default_factory=WeakSet)
+    made: Tensor | None = None
+
+    def run(self, workspace: Workspace) -> tuple[Tensor, bool]:
+        """Make the tensor.
+
+        Returns:
+            The tensor, and whether nobody else has it, so that it can be computed with in place.
+        """
+        made = self.made
+        if made is None:
+            made = self._run(workspace)
+            if len(self.saves) < 2:
+                return made, True
+            workspace.hold(self, made)
+        elif len(self.saves) < 2:
+            self.made = None
+        return made, False
+
+    def _run(self, workspace: Workspace) -> Tensor:
+        into, operands = _INTO.get(self.op), []
+        if into is not None and into.rows and (rows := _few_rows(self.args, into.rows, workspace)) is not None:
+            return rows.view(self.shape)
+        out = None
+        for argument in self.args:
+            operand, own = _restored(argument, workspace)
+            operands.append(operand)
+            if (
+                own
+                and into is not None
+                and into.in_place
+                and operand.shape == self.shape
+                and operand.dtype == self.dtype
+            ):
+                out = operand
+        if into is None or not into.fits(*operands):
+            return self.op(*operands, **self.kwargs)
+        if out is None:
+            device = next(operand.device for operand in operands if isinstance(operand, Tensor))
+            out = workspace.empty(self.shape, dtype=self.dtype, device=device)
+        into.run(*operands, out=out)
+        return out
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Remade:
+    """A view of a tensor that is made again when it is needed.
+
+    Attributes:
+        making: how it is made.
+        shape: shape of the view.
+        stride: its strides.
+        offset: its offset.
+    """
+
+    making: Making
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def __post_init__(self) -> None:
+        self.making.saves.add(self)
+
+    def restore(self, workspace: Workspace) -> Tensor:
+        """Make it again, or take what was made for another save."""
+        return self.run(workspace)[0]
+
+    def run(self, workspace: Workspace) -> tuple[Tensor, bool]:
+        """As :meth:`Making.run`."""
+        made, own = self.making.run(workspace)
+        if (made.shape, made.stride(), self.offset) == (self.shape, self.stride, 0):
+            return made if own else made.detach(), own
+        return made.as_strided(self.shape, self.stride, made.storage_offset() + self.offset), False
+
+
+def _restored(argument: Any, workspace: Workspace) -> tuple[Any, bool]:
+    """What an argument stands for, and whether nobody else has it."""
+    if isinstance(argument, tuple):
+        return tuple(_restored(item, workspace)[0] for item in argument), False
+    if isinstance(argument, Remade):
+        return argument.run(workspace)
+    if isinstance(argument, (Reference, Coded, Levels)):
+        return argument.restore(workspace), False
+    return argument, False
+
+
+# -- the ops, into memory that is there -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Into:
+    """An op that can write into memory that is there, with the same bits as the op itself.
+
+    Attributes:
+        run: the op, with ``out=``.
+        in_place: whether ``out`` may be one of the operands.
+        rows: for a gather of rows: gives its table and its index.
+        fits: whether it can be called with these operands.
+    """
+
+    run: Callable[..., Any]
+    in_place: bool = True
+    rows: Callable[..., tuple[Any, Any] | None] | None = None
+    fits: Callable[..., bool] = lambda *operands: isinstance(operands[0], Tensor)
+
+
+def _few_rows(
+    args: tuple[Any, ...], rows: Callable[..., tuple[Any, Any] | None], workspace: Workspace
+) -> Tensor | None:
+    """Rows of a table that is kept rounded, without restoring the others; None where that is no gain."""
+    found = rows(*args)
+    if found is None or not isinstance(found[0], Coded) or not isinstance(found[1], (Reference, Coded)):
+        return None
+    record, layout = found[0].record, found[0].layout
+    if not isinstance(record.value, AffineCode) or record.degraded is not None or not layout.is_rows:
+        return None
+    index = found[1].restore(workspace)
+    count = layout.shape[0]
+    if 2 * index.numel() > count:
+        return None
+    return record.value.rows(index.reshape(-1).remainder(count), layout.numel // count)
+
+
+def _index_into(table: Tensor, items: tuple[Any, ...], out: Tensor) -> None:
+    torch.ops.aten.index.Tensor_out(table, list(items), out=out)
+
+
+def _embedding_into(index: Tensor, table: Tensor, out: Tensor) -> None:
+    torch.index_select(table, 0, index.reshape(-1), out=out.view(-1, table.shape[1]))
+
+
+_GATHERS = {
+    torch.index_select: _Into(
+        torch.index_select, False, lambda table, dim, index: (table, index) if dim == 0 else None
+    ),
+    torch.Tensor.__getitem__: _Into(
+        _index_into,
+        False,
+        lambda table, items: (table, items[0]) if len(items) == 1 else None,
+        lambda table, items: all(isinstance(item, Tensor) for item in items),
+    ),
+    functional.embedding: _Into(_embedding_into, False, lambda index, table: (table, index)),
+}
+
+_RUN: dict[str, Callable[..., Any]] = {
+    "add": torch.add,
+    "__add__": torch.add,
+    "__radd__": torch.add,
+    "sub": torch.sub,
+    "__sub__": torch.sub,
+    "mul": torch.mul,
+    "__mul__": torch.mul,
+    "__rmul__": torch.mul,
+    "neg": torch.neg,
+    "__neg__": torch.neg,
+    "exp": torch.exp,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu": lambda x, inplace=False, *, out: torch.clamp_min(x, 0, out=out),
+    "leaky_relu": lambda x, slope=0.01, inplace=False, *, out: torch._C._nn.leaky_relu(x, slope, out=out),
+}
+
+_INTO: dict[Any, _Into] = _GATHERS | {
+    getattr(owner, name): _Into(run)
+    for owner in (torch, torch.Tensor, functional)
+    for name, run in _RUN.items()
+    if hasattr(owner, name)
+}

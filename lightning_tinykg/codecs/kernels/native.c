@@ -1,0 +1,296 @@
+/* The arithmetic of reference.py in one pass over the memory, for the CPU. What is written here is what is computed
+ * there, in the same order: compiled without contraction, it gives the same bits. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define BLOCK (1ull << 31) /* positions that share a key */
+
+typedef struct {
+    uint32_t low, high;
+} Key;
+
+INLINE int32_t word_of(float x) {
+    int32_t word;
+    memcpy(&word, &x, 4);
+    return word;
+}
+
+INLINE float float_of(int32_t word) {
+    float x;
+    memcpy(&x, &word, 4);
+    return x;
+}
+
+/* An integer that is ordered as the float is, with NaNs beyond the infinities: integers have fast minima. */
+INLINE int32_t ordered(int32_t word) { return word ^ ((word >> 31) & 0x7fffffff); }
+
+/* noise.py: MurmurHash3's finaliser with the key's words injected. */
+INLINE float uniform(uint32_t word, Key key) {
+    word ^= key.low;
+    word ^= word >> 16;
+    word *= 0x85EBCA6Bu;
+    word ^= key.high;
+    word ^= word >> 13;
+    word *= 0xC2B2AE35u;
+    word ^= word >> 16;
+    return (float)(int32_t)(word >> 8) * 0x1p-24f;
+}
+
+/* make_key(key, block): positions beyond 2**31 have keys of their own. */
+static Key key_of(uint64_t key, uint64_t block) {
+    if (block) {
+        const uint64_t parts[2] = {key, block};
+        key = 0;
+        for (int i = 0; i < 2; i++) {
+            key += parts[i] + 0x9E3779B97F4A7C15u;
+            key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9u;
+            key = (key ^ (key >> 27)) * 0x94D049BB133111EBu;
+            key ^= key >> 31;
+        }
+    }
+    return (Key){(uint32_t)key, (uint32_t)(key >> 32)};
+}
+
+INLINE void put_metadata(void *where, int64_t group, float value, int wide) {
+    if (wide)
+        ((float *)where)[group] = value;
+    else
+        ((uint16_t *)where)[group] = (uint16_t)((uint32_t)word_of(value) >> 16);
+}
+
+INLINE float get_metadata(const void *where, int64_t group, int wide) {
+    return wide ? ((const float *)where)[group] : float_of((int32_t)((uint32_t)((const uint16_t *)where)[group] << 16));
+}
+
+/* Codes to bytes: byte j holds the codes j, j + m, j + 2m, ... A word at a time: no code leaves its byte. */
+INLINE void pack(const uint8_t *restrict code, uint8_t *restrict bytes, int64_t m, int bits) {
+#define PACK(type)                                                           \
+    for (; j + (int64_t)sizeof(type) <= m; j += sizeof(type)) {              \
+        type packed = 0, part;                                               \
+        for (int lane = 0; lane < 8 / bits; lane++) {                        \
+            memcpy(&part, code + j + lane * m, sizeof(type));                \
+            packed |= (type)(part << (lane * bits));                         \
+        }                                                                    \
+        memcpy(bytes + j, &packed, sizeof(type));                            \
+    }
+    int64_t j = 0;
+    PACK(uint64_t)
+    PACK(uint32_t)
+    PACK(uint8_t)
+}
+
+/* Bytes to codes. */
+INLINE void unpack(const uint8_t *restrict bytes, uint8_t *restrict code, int64_t m, int bits) {
+#define UNPACK(type)                                                         \
+    for (; j + (int64_t)sizeof(type) <= m; j += sizeof(type)) {              \
+        const type mask = (type)((type)-1 / 255 * ((1 << bits) - 1));        \
+        type packed, part;                                                   \
+        memcpy(&packed, bytes + j, sizeof(type));                            \
+        for (int lane = 0; lane < 8 / bits; lane++) {                        \
+            part = (type)(packed >> (lane * bits)) & mask;                   \
+            memcpy(code + j + lane * m, &part, sizeof(type));                \
+        }                                                                    \
+    }
+    int64_t j = 0;
+    UNPACK(uint64_t)
+    UNPACK(uint32_t)
+    UNPACK(uint8_t)
+}
+
+/* Stochastic rounding of elements whose noise starts at a position. */
+INLINE void round_some(const float *restrict x, int64_t size, int bits, float zero, float scale, Key key,
+                       uint32_t position, uint8_t *restrict code) {
+    const int32_t top = (1 << bits) - 1;
+    for (int64_t i = 0; i < size; i++) {
+        const float p = (x[i] - zero) / scale; /* never below 0, and by rounding only above the top */
+        const int32_t level = (int32_t)p;
+        const int32_t rounded = level + (uniform(position + (uint32_t)i, key) < p - (float)level);
+        code[i] = (uint8_t)(rounded < top ? rounded : top);
+    }
+}
+
+INLINE void quantize_group(const float *restrict x, int64_t size, int bits, int64_t m, uint64_t key, Key block_key,
+                           uint64_t start, int wide, uint8_t *restrict code, uint8_t *restrict bytes, void *zeros,
+                           void *scales, int64_t group) {
+    int32_t least = INT32_MAX, most = INT32_MIN;
+    for (int64_t i = 0; i < size; i++) {
+        int32_t place = ordered(word_of(x[i]));
+        least = place < least ? place : least;
+        most = place > most ? place : most;
+    }
+    const float low = float_of(ordered(least)) + 0.0f, high = float_of(ordered(most)); /* of two zeros, the positive */
+    const float top = (float)((1 << bits) - 1);
+    float zero = low, scale;
+    if (wide) {
+        scale = (high - low) / top;
+        scale = scale < 0x1p-100f ? 0x1p-100f : scale;
+    } else { /* rounded outward: down, and up */
+        uint32_t word = (uint32_t)word_of(low);
+        zero = float_of((int32_t)((word + (word >> 31 ? 0xffffu : 0u)) & 0xffff0000u));
+        scale = (high - zero) / top;
+        scale = scale < 0x1p-100f ? 0x1p-100f : scale;
+        scale = float_of((int32_t)(((uint32_t)word_of(scale) + 0xffffu) & 0xffff0000u));
+    }
+    if (!isfinite(zero + scale * top) || low != low || high != high) {
+        memset(bytes, 0, m);
+        put_metadata(zeros, group, NAN, wide);
+        put_metadata(scales, group, 1.0f, wide);
+        return;
+    }
+    if (low == high && !wide) { /* the 32 bits of a constant, spread over zero point, scale and codes */
+        uint32_t word = (uint32_t)word_of(x[0]);
+        memset(bytes, word & 1 ? (bits == 1 ? 0xff : bits == 2 ? 0x55 : bits == 4 ? 0x11 : 1) : 0, m);
+        ((uint16_t *)zeros)[group] = (uint16_t)(word >> 16);
+        ((uint16_t *)scales)[group] = (uint16_t)(0x8000u | ((word & 0xffffu) >> 1));
+        return;
+    }
+    put_metadata(zeros, group, zero, wide);
+    put_metadata(scales, group, scale, wide);
+    const int64_t within = (int64_t)(BLOCK - (start & (BLOCK - 1)));
+    if (within >= size) {
+        round_some(x, size, bits, zero, scale, block_key, (uint32_t)(start & (BLOCK - 1)), code);
+    } else
+        for (int64_t i = 0; i < size; i++) {
+            const uint64_t place = start + (uint64_t)i;
+            round_some(x + i, 1, bits, zero, scale, key_of(key, place / BLOCK), (uint32_t)(place & (BLOCK - 1)), code + i);
+        }
+    for (int64_t i = size; i < m * (8 / bits); i++) code[i] = 0;
+    pack(code, bytes, m, bits);
+}
+
+INLINE void dequantize_group(const uint8_t *restrict bytes, int64_t size, int bits, int64_t m, float zero, float scale,
+                             int wide, uint8_t *restrict code, float *restrict x) {
+    if (!wide && word_of(scale) < 0) { /* a constant */
+        const uint32_t marked = (uint32_t)word_of(scale) >> 16;
+        const float constant = float_of((int32_t)((uint32_t)word_of(zero) | (marked & 0x7fffu) << 1 | (bytes[0] & 1)));
+        for (int64_t i = 0; i < size; i++) x[i] = constant;
+        return;
+    }
+    unpack(bytes, code, m, bits);
+    for (int64_t i = 0; i < size; i++) x[i] = (float)code[i] * scale + zero;
+}
+
+/* What is the same for all groups of a call; `code` is scratch for one group's codes. */
+typedef struct {
+    int64_t size;
+    int bits, wide;
+    uint64_t key, start;
+    float *x;
+    uint8_t *codes;
+    void *zeros, *scales;
+} Groups;
+
+INLINE void quantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, uint8_t *code) {
+    const int64_t m = (size * bits + 7) / 8;
+    uint64_t block = (g->start + (uint64_t)(first * size)) / BLOCK;
+    Key block_key = key_of(g->key, block);
+    for (int64_t group = first; group < last; group++) {
+        const uint64_t start = g->start + (uint64_t)(group * size);
+        if (start / BLOCK != block) block_key = key_of(g->key, block = start / BLOCK);
+        quantize_group(g->x + group * size, size, bits, m, g->key, block_key, start, g->wide, code, g->codes + group * m,
+                       g->zeros, g->scales, group);
+    }
+}
+
+INLINE void dequantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, uint8_t *code) {
+    const int64_t m = (size * bits + 7) / 8;
+    for (int64_t group = first; group < last; group++)
+        dequantize_group(g->codes + group * m, size, bits, m, get_metadata(g->zeros, group, g->wide),
+                         get_metadata(g->scales, group, g->wide), g->wide, code, g->x + group * size);
+}
+
+/* One copy of the code for each width, and for the sizes that groups mostly have: with both known, it is vectorized. */
+#define BY_SIZE(range, bits)                                                        \
+    switch (g->size) {                                                              \
+    case 16: range(g, first, last, 16, bits, code); break;                          \
+    case 32: range(g, first, last, 32, bits, code); break;                          \
+    case 64: range(g, first, last, 64, bits, code); break;                          \
+    default: range(g, first, last, g->size, bits, code);                            \
+    }
+#define BY_BITS(range)                                                              \
+    switch (g->bits) {                                                              \
+    case 1: BY_SIZE(range, 1) break;                                                \
+    case 2: BY_SIZE(range, 2) break;                                                \
+    case 4: BY_SIZE(range, 4) break;                                                \
+    default: BY_SIZE(range, 8)                                                      \
+    }
+
+static void quantize_some(const Groups *g, int64_t first, int64_t last, uint8_t *code) { BY_BITS(quantize_range) }
+
+static void dequantize_some(const Groups *g, int64_t first, int64_t last, uint8_t *code) { BY_BITS(dequantize_range) }
+
+/* Cut the groups among the threads. Returns 0, or 1 if there is no memory. */
+INLINE int on_threads(void (*some)(const Groups *, int64_t, int64_t, uint8_t *), const Groups *g, int64_t groups,
+                      int threads) {
+    const int64_t scratch = (g->size + 63) / 64 * 64 + 64;
+    uint8_t *codes = malloc(scratch * threads);
+    if (!codes) return 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int thread = 0; thread < threads; thread++)
+        some(g, groups * thread / threads, groups * (thread + 1) / threads, codes + thread * scratch);
+    free(codes);
+    return 0;
+}
+
+int tinykg_quantize(float *x, int64_t groups, int64_t size, int bits, uint64_t key, uint64_t start, int wide,
+                    uint8_t *codes, void *zeros, void *scales, int threads) {
+    const Groups g = {size, bits, wide, key, start, x, codes, zeros, scales};
+    return on_threads(quantize_some, &g, groups, threads);
+}
+
+int tinykg_dequantize(uint8_t *codes, void *zeros, void *scales, int64_t groups, int64_t size, int bits, int wide,
+                      float *out, int threads) {
+    const Groups g = {size, bits, wide, 0, 0, out, codes, zeros, scales};
+    return on_threads(dequantize_some, &g, groups, threads);
+}
+
+/* Rows of n codes to rows of bytes. */
+void tinykg_pack(const uint8_t *codes, int64_t rows, int64_t n, int bits, uint8_t *out, int threads) {
+#define PACK_ROW(bits) pack(codes + row * n, out + row * (n * bits / 8), n * bits / 8, bits)
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        switch (bits) {
+        case 1: PACK_ROW(1); break;
+        case 2: PACK_ROW(2); break;
+        case 4: PACK_ROW(4); break;
+        default: PACK_ROW(8);
+        }
+    }
+}
+
+/* Rows of m bytes to rows of levels, of any dtype as large as `type`. */
+#define LEVELS(type, bits)                                                                               \
+    for (int64_t lane = 0; lane < 8 / bits; lane++) {                                                    \
+        const type a = ((const type *)levels)[0], b = ((const type *)levels)[1];                         \
+        const type c = bits == 2 ? ((const type *)levels)[2] : a, d = bits == 2 ? ((const type *)levels)[3] : a; \
+        type *restrict to = (type *)out + (row * (8 / bits) + lane) * m;                                 \
+        for (int64_t j = 0; j < m; j++) {                                                                \
+            const int code = (bytes[j] >> (lane * bits)) & ((1 << bits) - 1);                            \
+            const type low = code & 1 ? b : a, high = code & 1 ? d : c;                                  \
+            to[j] = code & 2 ? high : low;                                                               \
+        }                                                                                                \
+    }
+#define LEVELS_OF(type)                    \
+    if (bits == 1) {                       \
+        LEVELS(type, 1)                    \
+    } else {                               \
+        LEVELS(type, 2)                    \
+    }
+
+void tinykg_unpack_levels(const uint8_t *codes, int64_t rows, int64_t m, int bits, const void *levels, int itemsize,
+                          void *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const uint8_t *restrict bytes = codes + row * m;
+        switch (itemsize) {
+        case 1: LEVELS_OF(uint8_t) break;
+        case 2: LEVELS_OF(uint16_t) break;
+        case 4: LEVELS_OF(uint32_t) break;
+        default: LEVELS_OF(uint64_t)
+        }
+    }
+}

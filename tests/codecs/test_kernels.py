@@ -1,0 +1,227 @@
+"""Every kernel gives the same bits; without a compiler all still works."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_tinykg.codecs import dequantize, kernels, quantize
+from lightning_tinykg.codecs.kernels import kernels_for, use
+from lightning_tinykg.codecs.lossless import encode_bool, encode_levels, encode_signs
+from lightning_tinykg.codecs.noise import make_key
+from lightning_tinykg.codecs.packing import BITS, packed_size
+
+CPU = torch.device("cpu")
+INF, NAN = math.inf, math.nan
+EXTREMES = (0.0, -0.0, INF, -INF, NAN, 3e38, -3e38, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 0.1, 2.0**-100, 65504.0)
+
+
+@pytest.fixture(autouse=True)
+def native() -> None:
+    if kernels_for(CPU).name != "native":
+        pytest.skip("no C compiler here")
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def same(x: Tensor, bits: int, group_size: int, metadata: torch.dtype, key: int = 5) -> None:
+    """The native and the reference kernels make the same code, and restore the same elements from it."""
+    found = []
+    for name in ("native", "reference"):
+        with use(name):
+            code = quantize(x, bits, key=key, group_size=group_size, metadata=metadata)
+            tensors = (code.codes, code.zero, code.scale, code.exact_index, code.exact_value, dequantize(code))
+            found.append([as_bytes(tensor) for tensor in tensors])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def awkward(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Groups of every kind: plain, constant, zeros of both signs, NaN and infinities anywhere, extreme ranges."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(numel, generator=generator)
+    x[300:700] = 0.1
+    x[800:1200] = 0.0
+    x[900:1000] = -0.0
+    x[1200:1600] = -0.0
+    x[2000], x[2200], x[2463] = NAN, INF, -INF
+    x[2100], x[2300] = (torch.tensor(word, dtype=torch.int32).view(torch.float32) for word in (0x7FFFE000, -0x2000))
+    x[2600:2664] = NAN
+    x[3000:3300] *= 3e38
+    x[3400:3800] *= 1e-40
+    x[4000:4300] = torch.tensor(EXTREMES)[torch.randint(len(EXTREMES), (300,), generator=generator)]
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("metadata", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("group_size", [1, 7, 16, 32, 44, 63, 64, 200, 5000])
+@pytest.mark.parametrize("bits", BITS)
+def test_same_bits(bits: int, group_size: int, metadata: torch.dtype) -> None:
+    same(awkward(20_011), bits, group_size, metadata)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bits", BITS)
+def test_same_bits_of_any_dtype(bits: int, dtype: torch.dtype) -> None:
+    same(awkward(20_011, dtype), bits, 64, torch.bfloat16)
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.floats(width=32) | st.sampled_from(EXTREMES), min_size=1, max_size=150),
+    st.sampled_from(BITS),
+    st.integers(1, 80),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.integers(0, 2**64 - 1),
+)
+def test_same_bits_of_anything(
+    values: list[float], bits: int, group_size: int, metadata: torch.dtype, key: int
+) -> None:
+    same(torch.tensor(values), bits, group_size, metadata, key)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_same_bits_on_any_number_of_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    same(awkward(300_017), 2, 32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("start", [(1 << 31) - 100, 1 << 31, (1 << 32) - 640, 5 * (1 << 31) - 4487, 1 << 40])
+@pytest.mark.parametrize("group_size", [7, 44, 64])
+@pytest.mark.parametrize("bits", BITS)
+def test_same_noise_at_positions_beyond_two_to_the_31(bits: int, group_size: int, start: int) -> None:
+    x, found = torch.randn(60, group_size), []
+    for name in ("native", "reference"):
+        codes = torch.empty(60, packed_size(group_size, bits), dtype=torch.uint8)
+        zero, scale = torch.empty(60, dtype=torch.bfloat16), torch.empty(60, dtype=torch.bfloat16)
+        with use(name):
+            kernels_for(CPU).quantize(x.clone(), make_key(3), start, bits, codes, zero, scale)
+        found.append((codes, zero, scale))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("numel", [1, 9, 32_768, 100_001, 300_007])
+def test_same_masks(numel: int) -> None:
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(1))
+    x[::17], x[5::31] = NAN, 0.0
+    found = []
+    for name in ("native", "reference"):
+        with use(name):
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                levels = torch.tensor([-2.0, 3.0], dtype=dtype)
+                codes = (encode_bool(x > 0), encode_signs(x.to(dtype)), encode_levels(x, lambda p: p > 1, levels))
+                found += [(as_bytes(code.codes), as_bytes(code.decode())) for code in codes]
+    half = len(found) // 2
+    for ours, theirs in zip(found[:half], found[half:], strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_what_is_no_memory_is_copied() -> None:
+    """Zero tensors and negated views have no elements where their pointer points to."""
+    zeros = torch._efficientzerotensor((4, 64))
+    assert torch.equal(dequantize(quantize(zeros, 2, key=0)), torch.zeros(256))
+    negated = torch._neg_view(torch.ones(256))
+    assert torch.equal(dequantize(quantize(negated, 2, key=0)), -torch.ones(256))
+
+
+def test_restored_into_memory_that_is_there() -> None:
+    x = awkward(20_011)
+    for dtype in (torch.float32, torch.bfloat16):
+        code = quantize(x.to(dtype), 4, key=0, group_size=63)
+        out = torch.empty(20_011, dtype=dtype)
+        assert dequantize(code, out).data_ptr() == out.data_ptr()
+        assert torch.equal(as_bytes(out), as_bytes(dequantize(code)))
+        for wrong in (out[:-1], out.double(), torch.empty(40_022, dtype=dtype)[::2]):
+            with pytest.raises(ValueError, match="out must be contiguous, of shape \\[20011\\]"):
+                dequantize(code, wrong)
+
+
+@pytest.mark.parametrize(("width", "group_size"), [(64, 64), (64, 32), (16, 64), (64, 16), (5, 20)])
+def test_some_rows(width: int, group_size: int) -> None:
+    code = quantize(torch.randn(1000, width), 4, key=0, group_size=group_size)
+    index = torch.tensor([0, 999, 5, 5, 641])
+    rows = code.rows(index, width)
+    assert rows is not None
+    assert torch.equal(rows, code.decode().view(1000, width)[index])
+
+
+def test_some_rows_where_groups_do_not_fit() -> None:
+    assert quantize(torch.randn(1000, 48), 4, key=0, group_size=64).rows(torch.tensor([1]), 48) is None
+    x = torch.randn(1000, 64)
+    x[3, 4] = NAN
+    assert quantize(x, 4, key=0).rows(torch.tensor([1]), 64) is None
+
+
+def test_use_is_checked() -> None:
+    with pytest.raises(ValueError, match="name must be one of native, triton, reference, got 'numba'"), use("numba"):
+        pass
+
+
+RUN = """
+import torch, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from lightning_tinykg.codecs import quantize
+    from lightning_tinykg.codecs.kernels import kernels_for
+    for _ in range(2):
+        code = quantize(torch.linspace(-1, 1, 1000), 2, key=7)
+told = [str(warning.message) for warning in caught]
+print(kernels_for(torch.device("cpu")).name, int(code.codes.sum()), sum("PyTorch's own ops" in text for text in told))
+print(*told)
+"""
+
+
+def run(**environment: str) -> list[str]:
+    variables = {name: value for name, value in os.environ.items() if name != "LIGHTNING_TINYKG_KERNELS"} | environment
+    ran = subprocess.run([sys.executable, "-c", RUN], env=variables, capture_output=True, text=True, check=True)
+    return ran.stdout.splitlines()
+
+
+def test_without_a_compiler_it_works_and_says_so_once(tmp_path: Path) -> None:
+    want = int(quantize(torch.linspace(-1, 1, 1000), 2, key=7).codes.sum())
+    lines = run(CC="/no/such/compiler", XDG_CACHE_HOME=str(tmp_path))
+    assert lines[0] == f"reference {want} 1"
+    assert "no C compiler was found" in lines[1]
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
+    lines = run(CC="false", XDG_CACHE_HOME=str(tmp_path))
+    assert lines[0].startswith("reference")
+    assert "false" in lines[1]
+
+
+def test_built_once_and_where_it_can_be_written(tmp_path: Path) -> None:
+    assert run(XDG_CACHE_HOME=str(tmp_path))[0].startswith("native")
+    (library,) = (tmp_path / "lightning_tinykg").iterdir()
+    built = library.stat().st_mtime_ns
+    assert run(XDG_CACHE_HOME=str(tmp_path))[0].startswith("native")
+    assert library.stat().st_mtime_ns == built
+    file = tmp_path / "file"
+    file.write_text("")
+    assert run(XDG_CACHE_HOME=str(file))[0].startswith("native")
+
+
+def test_the_environment_decides(tmp_path: Path) -> None:
+    assert run(LIGHTNING_TINYKG_KERNELS="reference")[0].startswith("reference")
+    with pytest.raises(subprocess.CalledProcessError):
+        run(LIGHTNING_TINYKG_KERNELS="numba")
+
+
+def test_no_second_pool_of_threads() -> None:
+    """What is compiled asks PyTorch's threads' library for threads, and brings none of its own."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("no /proc here")
+    kernels_for(CPU)
+    quantize(torch.randn(200_000), 2, key=0)
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    assert len(loaded) <= 1
+    assert kernels.NAMES == ("native", "triton", "reference")

@@ -1,0 +1,455 @@
+"""The Triton kernels give the reference's bits.
+
+Without CUDA they run in Triton's interpreter, which has to be chosen before Triton is imported: in a process of its
+own, that :func:`test_in_the_interpreter` starts. There, what needs the compiler instead is left out.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_tinykg.codecs import kernels
+from lightning_tinykg.codecs.affine import dequantize, quantize
+from lightning_tinykg.codecs.kernels.reference import Reference
+from lightning_tinykg.codecs.noise import make_key, uniform
+from lightning_tinykg.codecs.packing import packed_size
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from lightning_tinykg.codecs.kernels import fused
+
+INF, NAN = float("inf"), float("nan")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    def convert(self: object, source: object, dtype: object) -> object:
+        """The interpreter cuts bfloat16 off, and takes its denormals for something else."""
+        data, old, new = source.data, source.dtype.scalar, dtype.scalar
+        if old == tl.float32 and new == tl.bfloat16:
+            data = torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+        elif old == tl.bfloat16 and new == tl.float32:
+            data = (data.astype(np.uint32) << 16).view(np.float32)
+        else:
+            data = data.astype(interpreter._get_np_dtype(dtype))
+        return interpreter.TensorHandle(data, new)
+
+    def fma(self: object, x: object, y: object, z: object) -> object:
+        """The interpreter rounds the product."""
+        product, addend = x.data.astype(np.float64) * y.data, z.data.astype(np.float64)  # exact
+        total = product + addend
+        added = total - product
+        error = (product - (total - added)) + (addend - added)
+        near = total.astype(np.float32)
+        # rounded to the middle of two floats, the sum has forgotten on which side of it it was
+        other = np.nextafter(near, np.where(error > 0, np.float32(INF), np.float32(-INF)))
+        beyond = (error != 0) & (total - near == other.astype(np.float64) - total)
+        return interpreter.TensorHandle(np.where(beyond, other, near), x.dtype.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = convert
+    interpreter.InterpreterBuilder.create_fma = fma
+
+BITS = (1, 2, 4, 8)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+METADATA = (torch.bfloat16, torch.float32)
+GROUPS = (1, 7, 44, 64, 200, 1000)
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+KEY = make_key(5, 7)
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities
+
+on_device = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")),
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs CUDA"),
+            ],
+        ),
+    ],
+)
+compiled = pytest.mark.skipif(INTERPRETED, reason="compiled by the process that started this one")
+
+
+@compiled
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "not gpu", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    # a worker of pytest-xdist tells its children that they are workers
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.cpu().view(WORDS[a.itemsize]), b.cpu().view(WORDS[b.itemsize]))
+
+
+def odd_groups(count: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Groups of very different sizes, and one at least of each kind that is special."""
+    generator = torch.Generator().manual_seed(group_size)
+    x = torch.randn(count, group_size, generator=generator, dtype=torch.float64)
+    x *= torch.exp(torch.randn(count, 1, generator=generator, dtype=torch.float64) * 8)
+    x += torch.where(torch.rand(count, 1, generator=generator) < 0.3, 100.0, 0.0)
+    top, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    last, middle = group_size - 1, group_size // 2
+    x[1] = 0.1
+    x[2] = -0.0
+    x[3, 0] = NAN
+    x[4, middle] = NAN
+    x[5, last] = NAN
+    x[6, 0] = INF
+    x[7, middle] = -INF
+    x[8, last] = INF
+    x[9] = INF
+    x[10], x[10, last] = -INF, INF
+    x[11] = torch.where(torch.arange(group_size) % 2 == 0, -0.0, 0.0)
+    x[12] = x[13] = x[14].abs()
+    x[12, middle], x[13, last] = -0.0, 0.0
+    x[15] = top
+    x[16, 0], x[16, last] = top, -top
+    x[17, 0], x[17, last] = top, 0.0
+    x[18, middle] = -top
+    x[19] = x[19].clamp(-4, 4) * tiny
+    x[20] = x[20].clamp(-4, 4) * tiny * 2.0**-8
+    x[21] = torch.arange(group_size) % 4
+    x[22], x[22, last] = 1.0, 1.0 + torch.finfo(dtype).eps
+    x[23] = 1e-40
+    x[24] = torch.where(torch.arange(group_size) % 3 == 0, 1e30, 1e-30)
+    return x.to(dtype)
+
+
+def compare(x: Tensor, start: int, bits: int, metadata: torch.dtype, device: str) -> None:
+    """What the kernels make of groups, as they are, is what the reference makes of their float32 copy on the CPU."""
+    count, group_size = x.shape
+    made = []
+    for maker, rows in ((Reference(), x.to(torch.float32, copy=True)), (fused.Fused(), x.to(device))):
+        codes = torch.full((count, packed_size(group_size, bits)), 77, dtype=torch.uint8, device=rows.device)
+        zero, scale = (torch.full((count,), 7, dtype=metadata, device=rows.device) for _ in range(2))
+        before = rows.clone()
+        maker.quantize(rows, KEY, start, bits, codes, zero, scale)
+        assert maker.name == "reference" or same_bits(rows, before)
+        out = torch.empty_like(rows)
+        maker.dequantize(codes, zero, scale, bits, out)
+        if out.dtype != x.dtype:
+            out = out.clamp(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max).to(x.dtype)
+        made.append((codes, zero, scale, torch.where(out.isnan(), 3.0, out)))
+    for name, want, got in zip(("codes", "zero", "scale", "out"), *made, strict=True):
+        wrong = (want != got.cpu()).nonzero()[:3].tolist()
+        assert same_bits(want, got), (name, bits, group_size, wrong)
+
+
+# -- in the interpreter, or on CUDA -----------------------------------------------------------------------------
+
+
+@on_device
+@pytest.mark.parametrize("metadata", METADATA)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits(dtype: torch.dtype, metadata: torch.dtype, device: str) -> None:
+    for group_size in GROUPS:
+        for bits in BITS:
+            rows, _, _ = fused._shape(group_size, bits, dtype.itemsize)
+            x = odd_groups(max(30, min(2 * rows, 8000 // group_size) + 3), group_size, dtype)
+            compare(x, 0, bits, metadata, device)
+
+
+@on_device
+@pytest.mark.parametrize("bits", BITS)
+def test_any_position(bits: int, device: str) -> None:
+    """Within, up to, across and after the ends of blocks of positions."""
+    for group_size, dtype in ((64, torch.float32), (44, torch.bfloat16)):
+        x = odd_groups(40, group_size, dtype)
+        for start in (1 << 30, (1 << 31) - 40 * group_size, (1 << 31) - 500, (1 << 31) - 512, (7 << 31) - 3, 1 << 40):
+            compare(x, start, bits, torch.bfloat16, device)
+
+
+@on_device
+@pytest.mark.parametrize("bits", BITS)
+def test_groups_that_no_program_holds_at_once(bits: int, device: str) -> None:
+    x = odd_groups(25, 16384 * 2 + 44, torch.float32)[[0, 1, 5, 8, 13]]
+    compare(x, (1 << 31) - 40_000, bits, torch.bfloat16, device)
+    compare(x[:2, :16384].contiguous(), 0, bits, torch.float32, device)
+
+
+@on_device
+def test_launches_of_few_groups(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """As those that begin beyond 2**31 elements."""
+    x = odd_groups(100, 64, torch.float16)
+    codes = torch.empty(100, 16, dtype=torch.uint8, device=device)
+    zero, scale = (torch.empty(100, dtype=torch.bfloat16, device=device) for _ in range(2))
+    whole, parts = (torch.empty(100, 64, dtype=torch.float16, device=device) for _ in range(2))
+    fused.Fused().quantize(x.to(device), KEY, 0, 2, codes, zero, scale)
+    fused.Fused().dequantize(codes, zero, scale, 2, whole)
+    monkeypatch.setattr(fused, "_BLOCK", 1000)
+    fused.Fused().dequantize(codes, zero, scale, 2, parts)
+    assert torch.equal(whole.nan_to_num(3.0), parts.nan_to_num(3.0))
+
+
+@on_device
+def test_groups_beyond_32_bits_are_the_references(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(fused, "_BLOCK", 100)
+    compare(odd_groups(30, 64, torch.float16), 0, 2, torch.bfloat16, device)
+    compare(odd_groups(30, 64, torch.float32), 0, 2, torch.float32, device)
+
+
+@on_device
+def test_nothing(device: str) -> None:
+    for group_size in (1, 64):
+        compare(torch.empty(0, group_size), 0, 2, torch.bfloat16, device)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_constants(dtype: torch.dtype, device: str) -> None:
+    every = torch.arange(-(2**15), 2**15, 1 if device == "cuda" else 37, dtype=torch.int32)
+    x = every.to(torch.int16).view(dtype)[:, None].expand(-1, 8).contiguous()
+    compare(x, 0, 2, torch.bfloat16, device)
+
+
+@on_device
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nothing_lies_beyond_the_last_level(bits: int, device: str) -> None:
+    """Divided by a rounded scale, a largest element may: there, and where the noise is least, a code would wrap."""
+    x = torch.randn(100_000, 2, generator=torch.Generator().manual_seed(1))
+    x[:, 1] = x[:, 0].abs() + 1
+    span = x[:, 1] - x[:, 0]
+    beyond = span / (span / (2**bits - 1)) > 2**bits - 1
+    assert beyond.sum() >= 5
+    least = uniform(KEY, 0, 1 << 22, torch.device("cpu"))[1::2].argsort()[:5]
+    for pair in x[beyond][:5]:
+        for group in least.tolist():
+            compare(pair[None].contiguous(), 2 * group, bits, torch.float32, device)
+
+
+@on_device
+def test_packing(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for bits in BITS:
+        for rows, size in ((3, 4096), (1, 1), (2, 5000), (1, 0), (0, 4)):
+            codes = torch.randint(2**bits, (rows, size * (8 // bits)), dtype=torch.uint8, generator=generator)
+            want = torch.empty(rows, size, dtype=torch.uint8)
+            Reference().pack(codes, bits, want)
+            got = torch.empty_like(want, device=device)
+            fused.Fused().pack(codes.to(device), bits, got)
+            assert torch.equal(want, got.cpu()), (bits, rows, size)
+
+
+@on_device
+@pytest.mark.parametrize("bits", [1, 2])
+def test_levels(bits: int, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool):
+        levels = torch.tensor([0.0, 1.0, 7.0, 3.0][: 2**bits], dtype=torch.float64).to(dtype)
+        if dtype.is_floating_point:
+            levels[0], levels[1] = -0.0, NAN
+        for rows, size in ((3, 4096), (1, 1), (2, 700), (1, 0), (0, 4)):
+            codes = torch.randint(256, (rows, size), dtype=torch.uint8, generator=generator)
+            want = torch.empty(rows, size * (8 // bits), dtype=dtype)
+            Reference().unpack_levels(codes, levels, bits, want)
+            got = torch.empty_like(want, device=device)
+            fused.Fused().unpack_levels(codes.to(device), levels.to(device), bits, got)
+            assert same_bits(want, got), (dtype, rows, size)
+
+
+@on_device
+def test_what_codecs_make(device: str) -> None:
+    """Short last groups, copies of what kernels do not read as it is, groups that are kept."""
+    flat = odd_groups(70, 64, torch.float32).view(-1)
+    finite = flat[64 * 25 :]
+    for x, group_size in (
+        (flat[:-5], 64),
+        (finite[:-5].bfloat16(), 64),
+        (finite[:50].half(), 64),
+        (finite[:2000].double(), 63),
+        (finite[:2000].view(40, 50).t(), 44),
+        (finite[:0], 64),
+        (finite[3:1003], 32),
+    ):
+        with kernels.use("reference"):
+            want = quantize(x, 2, key=KEY, group_size=group_size)
+            restored = dequantize(want)
+        with kernels.use("triton"):
+            assert kernels.kernels_for(torch.device(device)).name == "triton"
+            code = quantize(x.to(device), 2, key=KEY, group_size=group_size)
+            for name in ("codes", "zero", "scale"):
+                assert same_bits(getattr(want, name), getattr(code, name)), (name, x.dtype, group_size)
+            assert same_bits(dequantize(code).nan_to_num(3.0), restored.nan_to_num(3.0)), (x.dtype, group_size)
+
+
+@triton.jit
+def divide(x_ptr, divisor_ptr, inverse_ptr, out_ptr, size, SIZE: tl.constexpr):
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    x, divisor = tl.load(x_ptr + place, mask=place < size), tl.load(divisor_ptr + place, mask=place < size)
+    quotient = fused._divide(x, divisor, tl.load(inverse_ptr + place, mask=place < size))
+    tl.store(out_ptr + place, quotient, mask=place < size)
+
+
+def hard_quotients(divisors: Tensor) -> tuple[Tensor, Tensor]:
+    """Divisors and dividends, 24-bit integers, whose quotients are nearest to the middle of two floats.
+
+    A middle is an odd 25-bit integer m over 2**24 (2**25 for a quotient below 1); a dividend a of a divisor d is next
+    to it where ``m d - a 2**24`` is a small odd c: where m is c over d, modulo 2**24.
+    """
+    odd = divisors[divisors % 2 == 1]
+    inverse = odd.clone()
+    for _ in range(6):
+        inverse = inverse * (2 - odd * inverse)  # Newton's, modulo 2**64
+    found = []
+    for shift in (24, 25):
+        for c in range(-15, 16, 2):
+            middle = (inverse * c) & ((1 << shift) - 1)
+            middle = torch.where(middle < 1 << 24, middle + (1 << 24), middle)
+            x = (middle * odd - c) >> shift
+            fits = (middle * odd - c == x << shift) & (x >= 1 << 23) & (x < 1 << 24)
+            found.append(torch.stack([x[fits], odd[fits]]))
+    x, divisor = torch.cat(found, 1)
+    return x.float(), divisor.float()
+
+
+@on_device
+def test_shared_reciprocals_divide_exactly(device: str) -> None:
+    step = 1 if device == "cuda" else 256
+    x, divisor = hard_quotients(torch.arange(1 << 23, 1 << 24, 1)[step - 1 :: step])
+    assert x.numel() > (1 << 24) // step
+    want, inverse = x / divisor, 1 / divisor
+    assert (x * inverse != want).float().mean() > 0.3  # hard indeed
+    for size in (1.0, 2.0**-52, 2.0**70):
+        out = torch.empty_like(x, device=device)
+        at = [t.to(device) for t in (x * size, divisor * size, inverse / size, out)]
+        divide[(triton.cdiv(x.numel(), 1 << 16),)](*at, x.numel(), SIZE=1 << 16, enable_fp_fusion=False)
+        assert torch.equal(at[3].cpu(), want)
+
+
+# -- compiled for a GPU that need not be there ------------------------------------------------------------------
+
+
+def build(kernel: object, dtype: torch.dtype, group_size: int, bits: int, metadata: torch.dtype) -> tuple[str, int]:
+    """Compile for an H200.
+
+    Returns:
+        The PTX, and the elements of a thread.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    rows, columns, warps = fused._shape(group_size, bits, dtype.itemsize)
+    word = "*i16" if metadata == torch.bfloat16 else "*i32"
+    element = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    constants = {
+        "GROUP": group_size,
+        "BYTES": packed_size(group_size, bits),
+        "BITS": bits,
+        "STRADDLES": False,
+        "LARGEST": INF if dtype == torch.float32 else torch.finfo(dtype).max,
+        "ROWS": rows,
+        "COLUMNS": columns,
+    }
+    pointers = {"x_ptr": element, "out_ptr": element, "codes_ptr": "*u8", "zero_ptr": word, "scale_ptr": word}
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names},
+        {(i,): constants[name] for i, name in enumerate(names) if name in constants},
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers},
+    )
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert len(built.asm["cubin"]) > 1000
+    return built.asm["ptx"], rows * columns * (8 // bits) // (32 * warps)
+
+
+@pytest.fixture
+def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def instructions(ptx: str) -> Counter[str]:
+    """How often each occurs."""
+    return Counter(re.findall(r"^\s*(?:@!?%\w+ )?([a-z][\w.:]*)\s", ptx, re.M))
+
+
+def check_arithmetic(found: Counter[str], contracted: int) -> None:
+    """Of what rounds, everything is IEEE's, and multiplications are only contracted where the kernel says so."""
+    fused_operations = {name: n for name, n in found.items() if name.startswith(("fma", "mad.rn", "mad.f"))}
+    assert fused_operations == ({"fma.rn.f32": contracted} if contracted else {})
+    for name in found:
+        assert "approx" not in name, name
+        assert not name.startswith("div.full"), name
+        # denormals are flushed by two only: divisions where they do not matter, and floor, of which they are zero
+        assert ".ftz" not in name or name in ("div.rn.ftz.f32", "cvt.rmi.ftz.f32.f32"), name
+
+
+@compiled
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize(
+    ("dtype", "group_size", "bits"),
+    [
+        (torch.float32, 64, 2),
+        (torch.bfloat16, 64, 2),
+        (torch.float16, 32, 4),
+        (torch.float32, 32, 1),
+        (torch.float32, 64, 8),
+        (torch.float32, 44, 2),
+    ],
+)
+def test_compiled_for_an_h200(dtype: torch.dtype, group_size: int, bits: int) -> None:
+    vectors = group_size != 44  # its planes are of 11 elements
+    ptx, elements = build(fused._quantize, dtype, group_size, bits, torch.bfloat16)
+    found = instructions(ptx)
+    check_arithmetic(found, 3 * elements)
+    if vectors:  # each element is read once, 16 bytes at a time, and the groups' first ones once more
+        loads = {name: n for name, n in found.items() if name.startswith("ld.global")}
+        assert sum(loads.values()) == elements * dtype.itemsize // 16 + 1, loads
+        assert loads["ld.global.v4.b32"] == elements * dtype.itemsize // 16, loads
+
+    ptx, elements = build(fused._dequantize, dtype, group_size, bits, torch.bfloat16)
+    found = instructions(ptx)
+    check_arithmetic(found, 0)
+    if vectors:
+        assert found["st.global.v4.b32"] == elements * dtype.itemsize // 16
+    if dtype != torch.float32:
+        rounded = [name for name in found if name.startswith("cvt") and re.search(r"\.(bf16|f16)(x2)?\.f32", name)]
+        assert rounded
+        assert all(".rn." in name for name in rounded), rounded
+
+
+@compiled
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize("bits", [1, 2])
+def test_masks_compiled_for_an_h200(bits: int) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for kernel, pointers in (
+        (fused._pack, {"codes_ptr": "*u8", "out_ptr": "*u8"}),
+        (fused._unpack_levels, {"codes_ptr": "*u8", "levels_ptr": "*i32", "out_ptr": "*i32"}),
+    ):
+        names = kernel.arg_names
+        types = {**pointers, "size": "i32", "tiles": "i32", "BITS": "constexpr", "COLUMNS": "constexpr"}
+        source = ASTSource(
+            kernel,
+            {name: types[name] for name in names},
+            {(names.index("BITS"),): bits, (names.index("COLUMNS"),): 512},
+            {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers or name == "size"},
+        )
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        stores = [name for name in instructions(ptx) if name.startswith("st.global")]
+        # the bytes of a thread that lie together: 4 codes of a plane, or the levels of 4
+        assert stores == ["st.global.v4.b32" if kernel is fused._unpack_levels else "st.global.b32"], stores
