@@ -6,13 +6,11 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -98,28 +96,37 @@ class Observer(TorchFunctionMode):
         # an op of a graph that is being traced runs, and saves, later
         if torch.compiler.is_compiling() or torch._C._is_tracing() or self._left:
             return func(*args, **kwargs)
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        seen_args, seen_kwargs = _beneath((args, kwargs)) if transformed else (args, kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return self._transformed(func, args, kwargs)
         # saved by something that is no op: a custom function, a compiled graph (which reads attributes first)
         if self._pending and getattr(func, "__name__", "") != "__get__":
-            self._claim(tensors_in((seen_args, seen_kwargs)), None, "")
-        with _aside() if transformed else nullcontext():
-            self.keeper.before(func, seen_args, seen_kwargs)
+            self._claim(tensors_in((args, kwargs)), None, "")
+        self.keeper.before(func, args, kwargs)
         out = func(*args, **kwargs)
-        if not isinstance(out, (Tensor, tuple, list)):
-            if self._pending and out is None:  # an assignment to an index, which changes its first argument
-                inputs = list(tensors_in((seen_args, seen_kwargs)))
-                self._claim(inputs, inputs, "")
-            return out
-        inputs = list(tensors_in((seen_args, seen_kwargs)))
-        if transformed:  # the op that ran is another than the one that was called, so there is no recipe
-            made = _beneath(out)
-            self.keeper.provenance.made(tensors_in(made), inputs)
-        else:
-            made = out
+        if isinstance(out, (Tensor, tuple, list)):
+            inputs = list(tensors_in((args, kwargs)))
             self.keeper.observe(func, args, kwargs, out, inputs)
-        if self._pending:
-            self._claim(tensors_in(made), inputs, getattr(func, "__name__", ""))
+            if self._pending:
+                self._claim(tensors_in(out), inputs, getattr(func, "__name__", ""))
+        elif self._pending and out is None:  # an assignment to an index, which changes its first argument
+            inputs = list(tensors_in((args, kwargs)))
+            self._claim(inputs, inputs, "")
+        return out
+
+    def _transformed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An op within ``vmap`` or ``jvp``: another runs than the one that is called, so there is no recipe."""
+        seen = _beneath((args, kwargs))
+        if self._pending and getattr(func, "__name__", "") != "__get__":
+            self._claim(tensors_in(seen), None, "")
+        with _aside():
+            self.keeper.before(func, *seen)
+        out = func(*args, **kwargs)
+        made = _beneath(out) if isinstance(out, (Tensor, tuple, list)) else None
+        if made is not None or out is None:
+            inputs = list(tensors_in(seen))
+            self.keeper.provenance.made(tensors_in(made), inputs)
+            if self._pending:
+                self._claim(inputs if made is None else tensors_in(made), inputs, getattr(func, "__name__", ""))
         return out
 
     def _claim(self, roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> None:
@@ -183,15 +190,27 @@ def _keep_as_it_is(saved: Saved) -> None:
     saved.fill(Reference(saved.raw().detach(), saved.version, "saved for backward"))
 
 
-@contextmanager
-def _aside() -> Iterator[None]:
+class _aside:  # it is used as a function
     """Run as if alone: without a graph, without tangents (autograd keeps these itself), outside of vmap and jvp."""
-    with torch.no_grad(), _set_fwd_grad_enabled(False):
-        if torch._C._functorch.peek_interpreter_stack() is None:
-            yield
-        else:
-            with temporarily_clear_interpreter_stack():
-                yield
+
+    __slots__ = ("_forward", "_grad", "_transforms")
+
+    def __enter__(self) -> None:
+        # set as they are, not by contexts: this is entered for each op
+        self._grad = torch.is_grad_enabled()
+        self._forward = torch._C._is_fwd_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        torch._C._set_fwd_grad_enabled(False)
+        self._transforms: Any = None
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self._transforms = temporarily_clear_interpreter_stack()
+            self._transforms.__enter__()
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        if self._transforms is not None:
+            self._transforms.__exit__(exc_type, exc, traceback)
+        torch._C._set_fwd_grad_enabled(self._forward)
+        torch._C._set_grad_enabled(self._grad)
 
 
 def _beneath(value: Any) -> Any:

@@ -165,7 +165,12 @@ def _few_rows(
 
 
 def _index_into(table: Tensor, items: tuple[Any, ...], out: Tensor) -> None:
-    torch.ops.aten.index.Tensor_out(table, list(items), out=out)
+    index = items[0]
+    # on a CPU the general kernel is slow, and to ask whether any index counts from the end is not
+    if len(items) == 1 and index.device.type == "cpu" and index.numel() and index.min() >= 0:
+        torch.index_select(table, 0, index.reshape(-1), out=out.view(-1, *table.shape[1:]))
+    else:
+        torch.ops.aten.index.Tensor_out(table, list(items), out=out)
 
 
 def _embedding_into(index: Tensor, table: Tensor, out: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -33,8 +34,12 @@ def node_name(node: Any) -> str:
         >>> node_name((x * x).grad_fn)
         'Mul'
     """
-    name: str = node.name().rpartition("::")[2]
-    return name.rstrip("0123456789").removesuffix("Backward")
+    return _without_suffix(node.name())
+
+
+@cache
+def _without_suffix(name: str) -> str:
+    return name.rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
 def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
@@ -60,8 +65,8 @@ def is_plain(tensor: Tensor) -> bool:
     Sparse, quantized, meta, inference and subclass tensors (other than parameters) are not, nor lazily conjugated ones.
     """
     return (
-        type(tensor) in (Tensor, Parameter)
-        and tensor.layout == torch.strided
+        (type(tensor) is Tensor or type(tensor) is Parameter)
+        and tensor.layout is torch.strided
         and not tensor.is_conj()
         and not tensor.is_quantized
         and not tensor.is_neg()
@@ -167,6 +172,7 @@ class Layout:
         return cls.at(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
 
     @classmethod
+    @lru_cache(maxsize=1024)
     def at(cls, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Layout:
         """The layout of a plain tensor of this geometry."""
         dimensions = sorted((s, n) for n, s in zip(shape, stride, strict=True) if n != 1 and s != 0)
@@ -176,6 +182,7 @@ class Layout:
             run *= size
         return cls(shape, stride, offset, 0 if 0 in shape else run, dense)
 
+    @lru_cache(maxsize=1024)  # noqa: B019  # layouts are values, and equal ones are one
     def group(self, limit: int) -> int:
         """A group size of at most ``limit`` that fits the rows, so that no group straddles two of them.
 

@@ -18,7 +18,8 @@ _WORTH_BYTES = 1 << 20
 """What is smaller comes from memory that the C library keeps anyway."""
 
 _MOST_TIMES = 4
-"""A buffer is given for a tensor of at least this fraction of it: somebody may keep the tensor, and so the buffer."""
+"""A buffer is given for a tensor down to this fraction of it: somebody may keep the tensor, and so the buffer. Buffers
+that are free are so many times apart, or as many as were in use at once."""
 
 
 class Workspace:
@@ -58,12 +59,13 @@ class Workspace:
             return torch.empty(shape, dtype=dtype, device=device)
         with self._lock:
             free = [buffer for buffer in self._buffers if torch._C._storage_Use_Count(buffer._cdata) == 1]
-            fitting = [buffer for buffer in free if nbytes <= buffer.nbytes() <= _MOST_TIMES * nbytes]
-            if fitting:
+            if fitting := [buffer for buffer in free if nbytes <= buffer.nbytes() <= _MOST_TIMES * nbytes]:
                 strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
                 buffer = min(fitting, key=torch.UntypedStorage.nbytes)
                 return torch.empty(0, dtype=dtype).set_(buffer, 0, shape, strides)
-            self._buffers = [buffer for buffer in self._buffers if all(buffer is not other for other in free)]
+            # outgrown: the new one will do for what these were for; what is far smaller has uses of its own
+            outgrown = {id(buffer) for buffer in free if buffer.nbytes() < nbytes < _MOST_TIMES * buffer.nbytes()}
+            self._buffers = [buffer for buffer in self._buffers if id(buffer) not in outgrown]
             tensor = torch.empty(shape, dtype=dtype)
             self._buffers.append(tensor.untyped_storage())
             return tensor

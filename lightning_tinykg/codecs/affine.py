@@ -177,15 +177,19 @@ def quantize(
     kernels = kernels_for(device)
 
     for start, chunk, rows in _groups(tensor, group_size, kernels.dtypes):
-        first = start // group_size
-        part = slice(first, first + rows.shape[0])
+        first, count = start // group_size, rows.shape[0]
+        parts = (
+            (codes, zero, scale) if count == groups else tuple(t[first : first + count] for t in (codes, zero, scale))
+        )
         beyond = _constants_beyond_float32(chunk, rows) if chunk.dtype == torch.float64 else None
-        kernels.quantize(rows, key, start, bits, codes[part], zero[part], scale[part])
+        exact = kernels.quantize(rows, key, start, bits, *parts)  # which may use the rows as scratch
         if beyond is not None:
-            codes[part].masked_fill_(beyond[:, None], 0)
-            zero[part].masked_fill_(beyond, math.nan)
-            scale[part].masked_fill_(beyond, 1.0)
-        _keep_exact(zero[part].isnan(), chunk, group_size, first, exact_index, exact_value)
+            parts[0].masked_fill_(beyond[:, None], 0)
+            parts[1].masked_fill_(beyond, math.nan)
+            parts[2].masked_fill_(beyond, 1.0)
+        elif exact == 0:
+            continue
+        _keep_exact(parts[1].isnan(), chunk, group_size, first, exact_index, exact_value)
 
     return AffineCode(
         codes,

@@ -138,11 +138,12 @@ def encode_levels(
     lanes = 8 // bits
     codes = torch.empty(-(-numel // lanes), dtype=torch.uint8, device=tensor.device)
     kernels = kernels_for(tensor.device)
-    for start, piece in iterate_chunks(tensor, _BLOCK):
+    pieces = iterate_chunks(tensor, _BLOCK) if numel > _BLOCK else ((0, tensor),)
+    for start, piece in pieces:
         classes = classify(piece).reshape(-1).contiguous().view(torch.uint8)
         if spare := -classes.numel() % lanes:
             classes = torch.cat([classes, classes.new_zeros(spare)])
-        place = codes[start // lanes : (start + classes.numel()) // lanes]
+        place = codes if numel <= _BLOCK else codes[start // lanes : (start + classes.numel()) // lanes]
         for block, part in zip(_blocks(classes, _BLOCK), _blocks(place, _BLOCK // lanes), strict=True):
             kernels.pack(block, bits, part)
     return LevelCode(codes, levels, numel, name)
@@ -150,6 +151,9 @@ def encode_levels(
 
 def _blocks(flat: Tensor, width: int) -> Iterator[Tensor]:
     """A flat tensor as rows of ``width``, and what is left over as a row of its own."""
+    if 0 < flat.numel() <= width:
+        yield flat.view(1, -1)
+        return
     whole = flat.numel() // width * width
     if whole:
         yield flat[:whole].view(-1, width)

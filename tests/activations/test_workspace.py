@@ -41,15 +41,14 @@ def test_memory_is_not_given_for_what_is_far_smaller() -> None:
     assert empty(workspace, MIB).untyped_storage().nbytes() == 4 * MIB != place
 
 
-def test_memory_of_no_use_is_let_go_of() -> None:
+def test_memory_that_is_outgrown_is_let_go_of() -> None:
     workspace = Workspace()
-    for size in (1, 2, 4, 8):  # each too large for what the one before leaves
-        del workspace
-        workspace = Workspace()
-        empty(workspace, size * MIB)
-        assert sum(buffer.nbytes() for buffer in workspace._buffers) == size * 4 * MIB
-        empty(workspace, 2 * size * MIB)
-        assert sum(buffer.nbytes() for buffer in workspace._buffers) == size * 8 * MIB
+    for quarters in range(4, 40):
+        empty(workspace, quarters * MIB // 4)
+    assert sum(buffer.nbytes() for buffer in workspace._buffers) <= 4 * 39 * MIB // 4
+    empty(workspace, MIB)
+    empty(workspace, 39 * MIB // 4)
+    assert [buffer.nbytes() for buffer in workspace._buffers] == [39 * MIB, 4 * MIB]
 
 
 def gradients(step: Callable[[], Tensor], inputs: list[Tensor], backwards: int = 1) -> list[Tensor]:

@@ -58,7 +58,7 @@ class Protection:
             (copy / self.file).write_text(source.replace(self.old, self.new))
             command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", self.test]
             ended = subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": folder}, capture_output=True)
-            return ended.returncode == 1
+            return ended.returncode == 1 or ended.returncode < 0  # or it crashed
 
 
 def protections() -> list[Protection]:

@@ -19,6 +19,7 @@ def test_it_is_still_there(protection: Protection) -> None:
 
 def test_the_runner_tells_a_test_that_fails_from_one_that_does_not() -> None:
     noise = "torch.add(level, noise < x, out=level)"
-    file, test = "lightning_tinykg/codecs/kernels/reference.py", "tests/codecs/test_affine.py::test_constants_cost_no_more"
+    file = "lightning_tinykg/codecs/kernels/reference.py"
+    test = "tests/codecs/test_affine.py::test_constants_cost_no_more"
     assert not Protection("nothing", file, noise, noise, test).fails_without()
     assert Protection("all", file, noise, "raise ValueError", test).fails_without()

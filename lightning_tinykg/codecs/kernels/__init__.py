@@ -35,7 +35,9 @@ class Kernels(Protocol):
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes that are read, and written, as they are. Of others they get a float32 copy, a chunk at a time."""
 
-    def quantize(self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor) -> None:
+    def quantize(
+        self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor
+    ) -> int | None:
         """Quantize groups.
 
         Args:
@@ -47,6 +49,9 @@ class Kernels(Protocol):
             zero: where to put the zero points: bfloat16 or float32, contiguous, shape ``[groups]``. NaN is put for a
                 group that can't be quantized; the scale of such a group is 1, its codes are 0.
             scale: where to put the scales, likewise.
+
+        Returns:
+            How many groups can't be quantized; None where nobody has counted.
         """
 
     def dequantize(self, codes: Tensor, zero: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
@@ -82,7 +87,7 @@ class Kernels(Protocol):
 
 
 _REFERENCE = Reference()
-_fixed: list[str] = []
+_fixed = [os.environ.get(_VARIABLE, "")]
 
 
 def kernels_for(device: torch.device) -> Kernels:
@@ -93,7 +98,7 @@ def kernels_for(device: torch.device) -> Kernels:
         ...     kernels_for(torch.device("cpu")).name
         'reference'
     """
-    fixed = _fixed[-1] if _fixed else os.environ.get(_VARIABLE, "")
+    fixed = _fixed[-1]
     if fixed and fixed not in NAMES:
         raise ValueError(f"{_VARIABLE} must be one of {', '.join(NAMES)}, got {fixed!r}")
     if device.type == "cpu" and fixed in ("", "native"):

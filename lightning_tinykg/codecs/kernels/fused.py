@@ -44,12 +44,14 @@ class Fused:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     """Read and written as they are; the arithmetic is float32's."""
 
-    def quantize(self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor) -> None:
+    def quantize(
+        self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor
+    ) -> int | None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
         groups, group_size = x.shape
         if group_size > _BLOCK // 2:
             Reference().quantize(x.to(torch.float32, copy=True), key, start, bits, codes, zero, scale)
-            return
+            return None
         zero, scale = _words(zero), _words(scale)
         rows, columns, warps = _shape(group_size, bits, x.itemsize)
         first = 0
@@ -79,6 +81,7 @@ class Fused:
                     enable_fp_fusion=False,
                 )
             first += count
+        return None
 
     def dequantize(self, codes: Tensor, zero: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""

@@ -113,7 +113,8 @@ INLINE void round_some(const float *restrict x, int64_t size, int bits, float ze
     }
 }
 
-INLINE void quantize_group(const float *restrict x, int64_t size, int bits, int64_t m, uint64_t key, Key block_key,
+/* Returns whether the group can't be quantized. */
+INLINE int quantize_group(const float *restrict x, int64_t size, int bits, int64_t m, uint64_t key, Key block_key,
                            uint64_t start, int wide, uint8_t *restrict code, uint8_t *restrict bytes, void *zeros,
                            void *scales, int64_t group) {
     int32_t least = INT32_MAX, most = INT32_MIN;
@@ -139,14 +140,14 @@ INLINE void quantize_group(const float *restrict x, int64_t size, int bits, int6
         memset(bytes, 0, m);
         put_metadata(zeros, group, NAN, wide);
         put_metadata(scales, group, 1.0f, wide);
-        return;
+        return 1;
     }
     if (low == high && !wide) { /* the 32 bits of a constant, spread over zero point, scale and codes */
         uint32_t word = (uint32_t)word_of(x[0]);
         memset(bytes, word & 1 ? (bits == 1 ? 0xff : bits == 2 ? 0x55 : bits == 4 ? 0x11 : 1) : 0, m);
         ((uint16_t *)zeros)[group] = (uint16_t)(word >> 16);
         ((uint16_t *)scales)[group] = (uint16_t)(0x8000u | ((word & 0xffffu) >> 1));
-        return;
+        return 0;
     }
     put_metadata(zeros, group, zero, wide);
     put_metadata(scales, group, scale, wide);
@@ -160,6 +161,7 @@ INLINE void quantize_group(const float *restrict x, int64_t size, int bits, int6
         }
     for (int64_t i = size; i < m * (8 / bits); i++) code[i] = 0;
     pack(code, bytes, m, bits);
+    return 0;
 }
 
 INLINE void dequantize_group(const uint8_t *restrict bytes, int64_t size, int bits, int64_t m, float zero, float scale,
@@ -184,66 +186,69 @@ typedef struct {
     void *zeros, *scales;
 } Groups;
 
-INLINE void quantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, uint8_t *code) {
+INLINE int64_t quantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, uint8_t *code) {
     const int64_t m = (size * bits + 7) / 8;
     uint64_t block = (g->start + (uint64_t)(first * size)) / BLOCK;
     Key block_key = key_of(g->key, block);
+    int64_t exact = 0;
     for (int64_t group = first; group < last; group++) {
         const uint64_t start = g->start + (uint64_t)(group * size);
         if (start / BLOCK != block) block_key = key_of(g->key, block = start / BLOCK);
-        quantize_group(g->x + group * size, size, bits, m, g->key, block_key, start, g->wide, code, g->codes + group * m,
+        exact += quantize_group(g->x + group * size, size, bits, m, g->key, block_key, start, g->wide, code, g->codes + group * m,
                        g->zeros, g->scales, group);
-    }
+    }    return exact;
 }
 
-INLINE void dequantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, uint8_t *code) {
+INLINE int64_t dequantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, uint8_t *code) {
     const int64_t m = (size * bits + 7) / 8;
     for (int64_t group = first; group < last; group++)
         dequantize_group(g->codes + group * m, size, bits, m, get_metadata(g->zeros, group, g->wide),
                          get_metadata(g->scales, group, g->wide), g->wide, code, g->x + group * size);
-}
-
-/* One copy of the code for each width, and for the sizes that groups mostly have: with both known, it is vectorized. */
-#define BY_SIZE(range, bits)                                                        \
-    switch (g->size) {                                                              \
-    case 16: range(g, first, last, 16, bits, code); break;                          \
-    case 32: range(g, first, last, 32, bits, code); break;                          \
-    case 64: range(g, first, last, 64, bits, code); break;                          \
-    default: range(g, first, last, g->size, bits, code);                            \
-    }
-#define BY_BITS(range)                                                              \
-    switch (g->bits) {                                                              \
-    case 1: BY_SIZE(range, 1) break;                                                \
-    case 2: BY_SIZE(range, 2) break;                                                \
-    case 4: BY_SIZE(range, 4) break;                                                \
-    default: BY_SIZE(range, 8)                                                      \
-    }
-
-static void quantize_some(const Groups *g, int64_t first, int64_t last, uint8_t *code) { BY_BITS(quantize_range) }
-
-static void dequantize_some(const Groups *g, int64_t first, int64_t last, uint8_t *code) { BY_BITS(dequantize_range) }
-
-/* Cut the groups among the threads. Returns 0, or 1 if there is no memory. */
-INLINE int on_threads(void (*some)(const Groups *, int64_t, int64_t, uint8_t *), const Groups *g, int64_t groups,
-                      int threads) {
-    const int64_t scratch = (g->size + 63) / 64 * 64 + 64;
-    uint8_t *codes = malloc(scratch * threads);
-    if (!codes) return 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int thread = 0; thread < threads; thread++)
-        some(g, groups * thread / threads, groups * (thread + 1) / threads, codes + thread * scratch);
-    free(codes);
     return 0;
 }
 
-int tinykg_quantize(float *x, int64_t groups, int64_t size, int bits, uint64_t key, uint64_t start, int wide,
-                    uint8_t *codes, void *zeros, void *scales, int threads) {
+/* One copy of the code for each width, and for the sizes that groups mostly have: with both known, it is vectorized. */
+#define BY_SIZE(range, bits)                                     \
+    switch (g->size) {                                           \
+    case 16: return range(g, first, last, 16, bits, code);       \
+    case 32: return range(g, first, last, 32, bits, code);       \
+    case 64: return range(g, first, last, 64, bits, code);       \
+    default: return range(g, first, last, g->size, bits, code);  \
+    }
+#define BY_BITS(range)                                           \
+    switch (g->bits) {                                           \
+    case 1: BY_SIZE(range, 1)                                    \
+    case 2: BY_SIZE(range, 2)                                    \
+    case 4: BY_SIZE(range, 4)                                    \
+    default: BY_SIZE(range, 8)                                   \
+    }
+
+static int64_t quantize_some(const Groups *g, int64_t first, int64_t last, uint8_t *code) { BY_BITS(quantize_range) }
+
+static int64_t dequantize_some(const Groups *g, int64_t first, int64_t last, uint8_t *code) { BY_BITS(dequantize_range) }
+
+/* Cut the groups among the threads. Returns how many can't be quantized, or -1 if there is no memory. */
+INLINE int64_t on_threads(int64_t (*some)(const Groups *, int64_t, int64_t, uint8_t *), const Groups *g, int64_t groups,
+                          int threads) {
+    const int64_t scratch = (g->size + 63) / 64 * 64 + 64;
+    uint8_t *codes = malloc(scratch * threads);
+    if (!codes) return -1;
+    int64_t exact = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : exact) if (threads > 1)
+    for (int thread = 0; thread < threads; thread++)
+        exact += some(g, groups * thread / threads, groups * (thread + 1) / threads, codes + thread * scratch);
+    free(codes);
+    return exact;
+}
+
+int64_t tinykg_quantize(float *x, int64_t groups, int64_t size, int bits, uint64_t key, uint64_t start, int wide,
+                        uint8_t *codes, void *zeros, void *scales, int threads) {
     const Groups g = {size, bits, wide, key, start, x, codes, zeros, scales};
     return on_threads(quantize_some, &g, groups, threads);
 }
 
-int tinykg_dequantize(uint8_t *codes, void *zeros, void *scales, int64_t groups, int64_t size, int bits, int wide,
-                      float *out, int threads) {
+int64_t tinykg_dequantize(uint8_t *codes, void *zeros, void *scales, int64_t groups, int64_t size, int bits, int wide,
+                          float *out, int threads) {
     const Groups g = {size, bits, wide, 0, 0, out, codes, zeros, scales};
     return on_threads(dequantize_some, &g, groups, threads);
 }

@@ -51,16 +51,20 @@ class Native:
         library = ctypes.CDLL(str(build(_SOURCE)))
         for name, arguments in _SIGNATURES.items():
             getattr(library, name).argtypes = arguments
+            getattr(library, name).restype = _NUMBER if name.endswith("quantize") else None
         self._library = library
 
-    def quantize(self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor) -> None:
+    def quantize(
+        self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor
+    ) -> int | None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
-        failed = self._library.tinykg_quantize(
+        exact: int = self._library.tinykg_quantize(
             x.data_ptr(), *x.shape, bits, key, start, zero.dtype == torch.float32,
             codes.data_ptr(), zero.data_ptr(), scale.data_ptr(), _threads(x),
         )  # fmt: skip
-        if failed:
+        if exact < 0:
             raise MemoryError("quantize: no memory for one group's codes")
+        return exact
 
     def dequantize(self, codes: Tensor, zero: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
@@ -68,7 +72,7 @@ class Native:
             codes.data_ptr(), zero.data_ptr(), scale.data_ptr(), *out.shape, bits, zero.dtype == torch.float32,
             out.data_ptr(), _threads(out),
         )  # fmt: skip
-        if failed:
+        if failed < 0:
             raise MemoryError("dequantize: no memory for one group's codes")
 
     def pack(self, codes: Tensor, bits: int, out: Tensor) -> None:

@@ -25,7 +25,9 @@ class Reference:
     dtypes: tuple[torch.dtype, ...] = ()
     """It works on float32 scratch."""
 
-    def quantize(self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor) -> None:
+    def quantize(
+        self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor
+    ) -> int | None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`; ``x`` is changed."""
         count, group_size = x.shape
         low, high = torch.aminmax(x, dim=1)
@@ -58,6 +60,7 @@ class Reference:
         codes.copy_(pack_codes(code, bits))
         zero.copy_(low_end.masked_fill(exact, math.nan))
         scale.copy_(step)
+        return None
 
     def dequantize(self, codes: Tensor, zero: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
