@@ -8,11 +8,11 @@ from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_tinykg import tracking
 from lightning_tinykg.activations import Ledger, compress_activations
 from lightning_tinykg.activations.ledger import MIB
 from lightning_tinykg.activations.modules import check_modules, check_plan
@@ -143,12 +143,15 @@ class TinyKGCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse ``modules`` and layers of a plan that the module, now complete, has none of.
+        """Refuse ``modules`` and layers of a plan that the module, now complete, has none of; declare the curves.
 
         Raises:
             ValueError: if one of them matches no module.
             RuntimeError: if there is a budget, and no loss to choose the bits by.
         """
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                tracking.begin(logger)
         check_modules(self._compression.modules or (), pl_module)
         check_plan(self._compression.plan, pl_module)
         if self._compression.planner is not None and not pl_module.automatic_optimization:
@@ -216,13 +219,14 @@ class TinyKGCallback(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the ledger of the largest step, and send it to Weights & Biases."""
+        """Print the ledger of the largest step; send it, and a plan, to Weights & Biases."""
         if self.largest is None or not trainer.is_global_zero:
             return
         if self.summary:
             rank_zero_info(f"\n{self.largest}")
+        chosen = bool(self._compression.plan.entries) or self._compression.planner is not None
         for logger in trainer.loggers:
-            _send_to_wandb(logger, self.largest)
+            tracking.finish(logger, self.largest, self.plan if chosen else None)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -258,16 +262,3 @@ def _compressed_step(callback: TinyKGCallback, training_step: Any, *args: Any, *
 def _largest(strategy: Strategy, value: int) -> int:
     """The largest of the ranks' values."""
     return int(strategy.reduce(torch.tensor(value, device=strategy.root_device), reduce_op="max"))
-
-
-def _send_to_wandb(logger: Logger, ledger: Ledger) -> None:
-    """Send the ledger as a table and as a plot, if the logger is a WandbLogger."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    if not isinstance(logger, WandbLogger):
-        return
-    rows = ledger.summary()
-    if not rows:
-        return
-    logger.log_table("tinykg/ledger", columns=list(rows[0]), data=[list(row.values()) for row in rows])
-    logger.log_image("tinykg/ledger_plot", [ledger.plot()])

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_tinykg import TinyKGCallback
+from lightning_tinykg import BitPlan, TinyKGCallback
 
 wandb = pytest.importorskip("wandb")
 
@@ -67,14 +67,19 @@ def fit(module: L.LightningModule, callback: L.Callback, logger: Any, **options:
     ).fit(module)
 
 
-def finished(logger: WandbLogger) -> tuple[Path, list[dict[str, Any]]]:
-    """End the run; the folder of its files, and the rows of its history."""
+def records(logger: WandbLogger) -> tuple[Path, list[dict[str, Any]]]:
+    """End the run; the folder of its files, and all that it recorded."""
     files = Path(logger.experiment.dir)
     wandb.finish()
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", files.parent]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    records = [json.loads(line) for line in output.splitlines()]
-    return files, [record["history"]["item"] for record in records if record["type"] == "history"]
+    return files, [json.loads(line) for line in output.splitlines()]
+
+
+def finished(logger: WandbLogger) -> tuple[Path, list[dict[str, Any]]]:
+    """End the run; the folder of its files, and the rows of its history."""
+    files, found = records(logger)
+    return files, [record["history"]["item"] for record in found if record["type"] == "history"]
 
 
 def test_curves_table_and_plot(logger: WandbLogger, tmp_path: Path) -> None:
@@ -116,3 +121,31 @@ def test_a_disabled_run(tmp_path: Path) -> None:
         fit(Small(), TinyKGCallback(bits=2, summary=False), WandbLogger(save_dir=tmp_path, mode="disabled"))
     finally:
         wandb.finish()
+
+
+def test_the_summary_has_the_largest_step(logger: WandbLogger) -> None:
+    fit(Small(), TinyKGCallback(bits=2, summary=False), logger)
+    _, found = records(logger)
+    metrics = {record["metric"].get("name"): record["metric"] for record in found if record["type"] == "metric"}
+    for name in ("tinykg/raw_mib", "tinykg/stored_mib", "tinykg/peak_mib"):
+        assert metrics[name]["summary"]["max"]
+        assert metrics[name]["summary"]["last"]
+        assert metrics[name]["step_metric"] == "trainer/global_step"
+
+
+@pytest.mark.parametrize("options", [{"bits": BitPlan({"net.0": 8}, default=2)}, {"budget": "50%"}])
+def test_the_plan_is_an_artifact(logger: WandbLogger, options: dict[str, Any]) -> None:
+    callback = TinyKGCallback(summary=False, **options)
+    fit(Small(), callback, logger)
+    _, found = records(logger)
+    (artifact,) = [record["artifact"] for record in found if record["type"] == "artifact" and "bit" in str(record)]
+    assert artifact["type"] == "bit-plan"
+    assert artifact["name"] == "tinykg-plan"
+    assert BitPlan.from_dict(json.loads(artifact["metadata"])) == callback.plan
+    assert [entry["path"] for entry in artifact["manifest"]["contents"]] == ["plan.yaml"]
+
+
+def test_one_width_is_no_plan(logger: WandbLogger) -> None:
+    fit(Small(), TinyKGCallback(bits=2, summary=False), logger)
+    _, found = records(logger)
+    assert not [record for record in found if record["type"] == "artifact" and "bit-plan" in str(record)]

@@ -168,6 +168,10 @@ def quantize(
     if metadata not in (torch.bfloat16, torch.float32):
         raise ValueError(f"metadata must be torch.bfloat16 or torch.float32, got {metadata}")
     device, numel = tensor.device, tensor.numel()
+    if torch.compiler.is_compiling():
+        signed = key - (1 << 64) if key >= 1 << 63 else key
+        codes, zero, scale, index, value = torch.ops.tinykg.quantize(tensor, bits, signed, group_size, metadata)
+        return AffineCode(codes, zero, scale, index, value, numel, tensor.dtype, bits, group_size)
     groups = -(-numel // group_size)
     codes = torch.empty(groups, packed_size(group_size, bits), dtype=torch.uint8, device=device)
     zero = torch.empty(groups, dtype=metadata, device=device)
@@ -223,6 +227,10 @@ def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
         tensor([0.1000])
     """
     device, dtype, group_size = code.codes.device, code.dtype, code.group_size
+    if torch.compiler.is_compiling():
+        tensors = (code.codes, code.zero, code.scale, code.exact_index, code.exact_value)
+        restored: Tensor = torch.ops.tinykg.dequantize(*tensors, code.numel, code.bits)
+        return restored if out is None else out.copy_(restored)
     if out is None:
         out = torch.empty(code.numel, dtype=dtype, device=device)
     elif out.shape != (code.numel,) or out.dtype != dtype or out.device != device or not out.is_contiguous():

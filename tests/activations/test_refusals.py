@@ -17,6 +17,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from lightning_tinykg import compress_activations
+from lightning_tinykg.codecs import kernels
 
 ROWS, WIDTH = 40, 32
 
@@ -178,9 +179,10 @@ def test_what_was_vmapped_and_changed_in_place(bits: int) -> None:
         assert float((got - want).norm() / want.norm()) < 0.05
 
 
+@pytest.mark.parametrize("kernel", ["native", "reference"])  # native code has no tangents, PyTorch's ops would
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("bits", [2, 32])
-def test_forward_mode(bits: int, inside: bool) -> None:
+def test_forward_mode(bits: int, inside: bool, kernel: str) -> None:
     """Tangents are exact, and gradients of a dual loss are as of any other."""
     net, x = Net(), leaf()
 
@@ -199,7 +201,8 @@ def test_forward_mode(bits: int, inside: bool) -> None:
         return tangent, grads.clone()
 
     tangent, want = run(torch.enable_grad())
-    again, got = run(tiny(bits=bits))
+    with kernels.use(kernel):
+        again, got = run(tiny(bits=bits))
     assert torch.equal(again, tangent)
     assert torch.equal(got, want) == (bits == 32)
     assert got.isfinite().all()
