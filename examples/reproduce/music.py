@@ -1,6 +1,7 @@
 """What do two bits cost? KGAT on KGCN's Last.FM ("music"), with and without activation compression.
 
     python examples/reproduce/music.py --data PATH/TO/music --seeds 0 1 2 --bits none 2
+    python examples/reproduce/music.py --data PATH/TO/music --models kgat --bits 8 2 8-2:20
 
 Every run trains until the validation Recall@20 has not risen for a while, and is tested once, with the checkpoint that
 was best on the validation set. The split is the same for all runs; the seed decides initialisation and dropout. The
@@ -25,12 +26,26 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lightning_tinykg import CosineAnneal, TinyKGCallback, compress_activations
 from lightning_tinykg.data import KGRecDataModule
 from lightning_tinykg.models import KGAT, LightGCN, MostPopular
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {"lightgcn": LightGCN, "kgat": KGAT, "kgat-in-graph": KGAT}
-BITS = ("none", "32", "8", "4", "2", "1")
+
+
+class StoredBytes(Callback):
+    """The mean of what the training steps stored."""
+
+    def __init__(self, tinykg: TinyKGCallback) -> None:
+        self.tinykg = tinykg
+        self.mib, self.steps = 0.0, 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        """Count a step."""
+        if self.tinykg.ledger is not None:
+            self.mib += self.tinykg.ledger.stored_bytes / 2**20
+            self.steps += 1
 
 
 class Report(Callback):
@@ -83,15 +98,17 @@ def run(model_name: str, bits: str, seed: int, args: argparse.Namespace, progres
         best = ModelCheckpoint(folder, **watched)
         callbacks: list[Callback] = [report, best, EarlyStopping(patience=args.patience, **watched)]
         if bits != "none":
-            from lightning_tinykg import TinyKGCallback
-
-            callbacks.append(TinyKGCallback(bits=int(bits), seed=seed, summary=False))
+            tinykg = TinyKGCallback(bits=width(bits), seed=seed, summary=False)
+            stored = StoredBytes(tinykg)
+            callbacks += [tinykg, stored]
         trainer = L.Trainer(**quiet, max_epochs=args.epochs, callbacks=callbacks)
         start = time.perf_counter()
         trainer.fit(model, data)
         seconds = time.perf_counter() - start
         tested = trainer.test(model, data, ckpt_path=best.best_model_path, verbose=False)[0]
     progress.remove_task(report.task)
+    if bits != "none":
+        result["mean_stored_mib"] = stored.mib / max(stored.steps, 1)
     assert best.best_model_score is not None
     return result | {
         "val/recall@20": float(best.best_model_score),
@@ -102,9 +119,33 @@ def run(model_name: str, bits: str, seed: int, args: argparse.Namespace, progres
     }
 
 
+def width(bits: str) -> int | CosineAnneal:
+    """What ``--bits`` means: a width; ``8-2:20`` anneals from 8 to 2 bits over 20 epochs.
+
+    Example:
+        >>> width("8-2:20").bits_at(19)
+        2
+    """
+    if "-" not in bits:
+        return int(bits)
+    ends, _, epochs = bits.partition(":")
+    start, _, end = ends.partition("-")
+    return CosineAnneal(start=int(start), end=int(end), steps=int(epochs or 20), by="epoch")
+
+
 def describe(bits: str) -> str:
     """How a column's bits are called."""
     return "uncompressed" if bits == "none" else f"{bits} bits"
+
+
+def checked(bits: str) -> str:
+    """A value of ``--bits`` that can be used."""
+    try:
+        if bits != "none":
+            compress_activations(bits=width(bits))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be none, a width, or e.g. 8-2:20, got {bits!r} ({error})") from None
+    return bits
 
 
 def spread(values: list[float]) -> str:
@@ -116,11 +157,22 @@ def spread(values: list[float]) -> str:
 def tabulate(results: list[dict[str, Any]]) -> Table:
     """Mean and spread over the seeds, a row for each model and width."""
     table = Table(title="music: full ranking, known items masked; mean ± standard deviation over seeds")
-    for column in ("model", "activations", "seeds", "test Recall@20", "test NDCG@20", "epochs", "s / epoch"):
+    for column in (
+        "model",
+        "activations",
+        "seeds",
+        "test Recall@20",
+        "test NDCG@20",
+        "MiB / step",
+        "epochs",
+        "s / epoch",
+    ):
         table.add_column(column, justify="left" if column in ("model", "activations") else "right")
     for model, bits in dict.fromkeys((r["model"], r["bits"]) for r in results):
         rows = [r for r in results if (r["model"], r["bits"]) == (model, bits)]
         cells = [spread([r[f"test/{metric}@20"] for r in rows]) for metric in ("recall", "ndcg")]
+        stored = [r["mean_stored_mib"] for r in rows if "mean_stored_mib" in r]
+        cells += [f"{statistics.mean(stored):.1f}" if stored else "-"]
         trained = [r for r in rows if "epochs" in r]
         cells += [f"{statistics.mean(r['epochs'] for r in trained):.0f}" if trained else "-"]
         cells += [f"{statistics.mean(r['seconds_per_epoch'] for r in trained):.1f}" if trained else "-"]
@@ -134,7 +186,9 @@ def main() -> None:
     names = ["popularity", *MODELS]
     parser.add_argument("--models", nargs="+", choices=names, default=names[:3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--bits", nargs="+", choices=BITS, default=["none", "2"], help="of KGAT's activations")
+    parser.add_argument(
+        "--bits", nargs="+", type=checked, default=["none", "2"], help="of KGAT's activations; 8-2:20 anneals by epochs"
+    )
     parser.add_argument("--epochs", type=int, default=200, help="at most")
     parser.add_argument("--patience", type=int, default=10, help="epochs without a better validation Recall@20")
     parser.add_argument("--out", type=Path, default=Path("runs/music"), help="where the results are kept")
@@ -152,7 +206,7 @@ def main() -> None:
     console, results = Console(), []
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
         for model, bits, seed in wanted:
-            path = args.out / f"{model}-{bits}-seed{seed}.json"
+            path = args.out / f"{model}-{bits.replace(':', 'over')}-seed{seed}.json"
             if not path.exists():
                 result = run(model, bits, seed, args, progress)
                 path.with_suffix(".tmp").write_text(json.dumps(result, indent=2))

@@ -277,12 +277,15 @@ def _restore_exact(out: Tensor, code: AffineCode, whole: int) -> None:
     out.index_copy_(0, place.view(-1), value.reshape(-1))
 
 
-def iterate_chunks(tensor: Tensor, multiple: int) -> Iterator[tuple[int, Tensor]]:
+def iterate_chunks(
+    tensor: Tensor, multiple: int, scratch: int = _SCRATCH_BYTES_PER_ELEMENT
+) -> Iterator[tuple[int, Tensor]]:
     """Cut a tensor into pieces of ``multiple`` elements' multiples that are cheap to copy, in row-major order.
 
     Args:
         tensor: any shape and strides.
         multiple: each piece but the last has a multiple of this many elements.
+        scratch: bytes that an element takes while it is worked on.
 
     Yields:
         The position of the piece's first element and the piece, a view of the tensor.
@@ -291,8 +294,8 @@ def iterate_chunks(tensor: Tensor, multiple: int) -> Iterator[tuple[int, Tensor]
     if numel == 0:
         return
     limit = min(
-        _CHUNK_ELEMENTS.get(tensor.device.type, 1 << 17),
-        max(tensor.nbytes // 4, 1 << 19) // _SCRATCH_BYTES_PER_ELEMENT,
+        _CHUNK_ELEMENTS.get(tensor.device.type, 1 << 17) * _SCRATCH_BYTES_PER_ELEMENT // scratch,
+        max(tensor.nbytes // 4, 1 << 19) // scratch,
     )
     if tensor.is_contiguous():
         rows, row = tensor.view(-1), 1
@@ -303,7 +306,7 @@ def iterate_chunks(tensor: Tensor, multiple: int) -> Iterator[tuple[int, Tensor]
     if row * unit > max(limit, multiple) and row > 1:
         if row % multiple == 0:
             for i, part in enumerate(tensor):
-                yield from ((i * row + start, piece) for start, piece in iterate_chunks(part, multiple))
+                yield from ((i * row + start, piece) for start, piece in iterate_chunks(part, multiple, scratch))
             return
         rows, row, unit = tensor.contiguous().view(-1), 1, multiple
     step = max(1, limit // (row * unit)) * unit

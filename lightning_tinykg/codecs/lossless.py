@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_tinykg.codecs.affine import Allocate, iterate_chunks
 from lightning_tinykg.codecs.kernels import kernels_for
 
+_SCRATCH = 4  # bytes for each element while its class is found: a few bools
 _BLOCK = 1 << 15  # elements whose codes are packed together; what is stored depends on it
 
 
@@ -138,7 +139,7 @@ def encode_levels(
     lanes = 8 // bits
     codes = torch.empty(-(-numel // lanes), dtype=torch.uint8, device=tensor.device)
     kernels = kernels_for(tensor.device)
-    pieces = iterate_chunks(tensor, _BLOCK) if numel > _BLOCK else ((0, tensor),)
+    pieces = iterate_chunks(tensor, _BLOCK, _SCRATCH) if numel > _BLOCK else ((0, tensor),)
     for start, piece in pieces:
         classes = classify(piece).reshape(-1).contiguous().view(torch.uint8)
         if spare := -classes.numel() % lanes:
@@ -207,7 +208,7 @@ def encode_two_levels(tensor: Tensor) -> LevelCode | None:
     low, high = torch.aminmax(tensor)
     value = torch.where(high > 0, high, low)
     if tensor.device.type == "cpu" and not all(
-        bool(((piece == 0) | (piece == value)).all()) for _, piece in iterate_chunks(tensor, 1)
+        bool(((piece == 0) | (piece == value)).all()) for _, piece in iterate_chunks(tensor, 1, _SCRATCH)
     ):
         return None
     levels = torch.stack([torch.zeros_like(value), value])
