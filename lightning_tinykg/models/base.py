@@ -19,6 +19,20 @@ __all__ = ["RankingModule"]
 SIZES = ("num_users", "num_items", "num_entities", "num_relations")
 
 
+class _Summed:
+    """Sums in float64: in float32, the last digit of a mean would hang on how the users are shared among processes."""
+
+    def _compute(self, data: Any) -> Tensor:
+        values: Tensor = super()._compute(data)  # type: ignore[misc]  # a mixin's
+        return values if values.device.type == "mps" else values.double()  # which has no float64
+
+
+class _Recall(_Summed, LinkPredRecall): ...  # type: ignore[misc]  # PyG is not typed
+
+
+class _NDCG(_Summed, LinkPredNDCG): ...  # type: ignore[misc]  # PyG is not typed
+
+
 class RankingModule(L.LightningModule):
     """A recommender that scores a user and an item by the dot product of their embeddings.
 
@@ -76,7 +90,7 @@ class RankingModule(L.LightningModule):
         self.num_users, self.num_items = num_users or 0, num_items or 0
         self.num_entities, self.num_relations = num_entities or 0, num_relations or 0
         self.metrics = LinkPredMetricCollection(
-            {f"recall@{c}": LinkPredRecall(c) for c in cutoffs} | {f"ndcg@{c}": LinkPredNDCG(c) for c in cutoffs}
+            {f"recall@{c}": _Recall(c) for c in cutoffs} | {f"ndcg@{c}": _NDCG(c) for c in cutoffs}
         )
         self.is_built, self.has_graph = False, False
         self._embedded: tuple[Tensor, Tensor] | None = None
@@ -202,6 +216,9 @@ class RankingModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Embed the graph once for the whole evaluation."""
         self.metrics.reset()
+        if self.device.type != "mps":  # which has no float64
+            for metric in self.metrics.values():
+                metric.set_dtype(torch.float64)
         self._embedded = self.embed()
 
     def validation_step(self, batch: RankingBatch, batch_idx: int) -> None:
@@ -230,7 +247,8 @@ class RankingModule(L.LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         # compute() sums over ranks, so every rank logs the same number
-        self.log_dict({f"{stage}/{name}": value for name, value in self.metrics.compute().items()}, prog_bar=True)
+        values = {f"{stage}/{name}": value.float() for name, value in self.metrics.compute().items()}
+        self.log_dict(values, prog_bar=True)
         self.metrics.reset()
         self._embedded = None
 
