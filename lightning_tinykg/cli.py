@@ -1,10 +1,12 @@
-"""The command line: ``lightning-tinykg fit | validate | test | predict | profile --config FILE``.
+"""The command line: ``lightning-tinykg fit | validate | test | predict | profile | export --config FILE``.
 
 Any LightningModule and any LightningDataModule by class path, typed by their signatures, from YAML or from arguments::
 
     lightning-tinykg fit --model my_pkg.MyModel --data my_pkg.MyData --trainer.strategy ddp_tinykg
     lightning-tinykg fit --model my_pkg.MyModel --print_config > run.yaml
     lightning-tinykg profile --config run.yaml --steps 3 --widths 32 8 4 2 1 --out profile/
+    lightning-tinykg export --config hqgnn.yaml --ckpt_path last.ckpt --out index/
+    lightning-tinykg recommend --index index/ --users 0 1 2
 
 In YAML, compression is one callback; ``bits`` is a width, a schedule, or a plan from a file::
 
@@ -29,11 +31,15 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
+from lightning_tinykg.hqgnn.commands import export_checkpoint
 from lightning_tinykg.profiling import profile
+
+_IN_ONE_PROCESS = ("profile", "export")
+"""Subcommands that are ours."""
 
 
 class TinyKGTrainer(Trainer):
-    """Lightning's Trainer, which can also ``profile``.
+    """Lightning's Trainer, which can also ``profile`` and ``export``.
 
     Example:
         >>> TinyKGTrainer(accelerator="cpu", logger=False, enable_checkpointing=False).world_size
@@ -72,9 +78,34 @@ class TinyKGTrainer(Trainer):
         console.print(result)
         console.print(f"Written to {result.save(Path(out))}/")
 
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        out: str = "export",
+        dataset: str | None = None,
+    ) -> None:
+        """Write an `HQGNN`'s codes, scales, ids and seen items to a folder that a service can answer from.
+
+        Nothing is trained or tested. ``lightning-tinykg recommend --index OUT --users 0 1`` answers from it.
+
+        Args:
+            model: an ``HQGNN``, made as for its training.
+            datamodule: its data.
+            ckpt_path: the checkpoint with its weights.
+            out: folder to write.
+            dataset: name of the data set, for the card; None: the data module's folder.
+        """
+        options = {} if dataset is None else {"dataset": dataset}
+        index = export_checkpoint(model, datamodule, ckpt_path, out, **options)
+        console = Console()
+        console.print(index)
+        console.print(f"Written to {out}/", soft_wrap=True)
+
 
 class TinyKGCLI(LightningCLI):
-    """LightningCLI with ``profile``; the model and the data by class path unless their classes are given.
+    """LightningCLI with ``profile`` and ``export``; model and data by class path unless their classes are given.
 
     Takes LightningCLI's arguments. The seed is 0 unless the configuration says otherwise, and no configuration is
     written beside the run: ``--print_config`` prints it.
@@ -84,7 +115,7 @@ class TinyKGCLI(LightningCLI):
 
     Example:
         >>> sorted(TinyKGCLI.subcommands())
-        ['fit', 'predict', 'profile', 'test', 'validate']
+        ['export', 'fit', 'predict', 'profile', 'test', 'validate']
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -99,8 +130,8 @@ class TinyKGCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and ``profile``."""
-        return {**LightningCLI.subcommands(), "profile": {"model", "datamodule"}}
+        """Lightning's, ``profile`` and ``export``."""
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in _IN_ONE_PROCESS}}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse, with ``--widths 8 2`` for what jsonargparse writes ``--widths [8,2]``."""
@@ -109,11 +140,18 @@ class TinyKGCLI(LightningCLI):
         else:
             super().parse_arguments(parser, args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the model to the configuration.
+
+        Lightning would merge a checkpoint's hyper-parameters into it; those of a module around another (``HQGNN``) say
+        how a checkpoint is loaded, and are no arguments.
+        """
+
     def before_instantiate_classes(self) -> None:
-        """Profile in one process, whatever a configuration for training says."""
-        if self.subcommand == "profile":
+        """Profile and export in one process, whatever a configuration for training says."""
+        if self.subcommand in _IN_ONE_PROCESS:
             for name, value in (("devices", 1), ("num_nodes", 1), ("strategy", "auto")):
-                self.config[f"profile.trainer.{name}"] = value
+                self.config[f"{self.subcommand}.trainer.{name}"] = value
 
 
 def main(args: list[str] | None = None) -> None:

@@ -15,9 +15,7 @@ from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
-    StrategyRegistry,
 )
-from typing_extensions import override
 
 from lightning_tinykg.bits import BitPlan, Schedule
 from lightning_tinykg.callback import TinyKGCallback
@@ -40,6 +38,10 @@ class _Compressed:
     """
 
     lightning_module: Any
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Nothing: the names are in :mod:`lightning_tinykg.registry`."""
 
     def __init__(
         self,
@@ -115,12 +117,6 @@ class TinyKGStrategy(_Compressed, SingleDeviceStrategy):
         if devices and self._root_device == torch.device("cpu"):
             self._root_device = devices[0]
 
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register ``tinykg``."""
-        strategy_registry.register("tinykg", cls, description="One device, activations compressed", override=True)
-
 
 class TinyKGDDPStrategy(_Compressed, DDPStrategy):
     """Data-parallel, compressed: ``ddp_tinykg``, ``ddp_tinykg_spawn``, ``ddp_tinykg_fork``, ``ddp_tinykg_notebook``.
@@ -129,21 +125,6 @@ class TinyKGDDPStrategy(_Compressed, DDPStrategy):
     need. Takes the arguments of :class:`~lightning_tinykg.TinyKGCallback` and of Lightning's ``DDPStrategy``.
     """
 
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register the names."""
-        for suffix, method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
-            for unused, options in (("", {}), ("_find_unused_parameters_true", {"find_unused_parameters": True})):
-                strategy_registry.register(
-                    f"ddp_tinykg{suffix}{unused}",
-                    cls,
-                    description=f"DDP with start method {method!r}, activations compressed",
-                    override=True,
-                    start_method=method,
-                    **options,
-                )
-
 
 class TinyKGFSDPStrategy(_Compressed, FSDPStrategy):
     """Fully sharded (FSDP 1), compressed: ``Trainer(strategy="fsdp_tinykg")``.
@@ -151,30 +132,9 @@ class TinyKGFSDPStrategy(_Compressed, FSDPStrategy):
     Takes the arguments of :class:`~lightning_tinykg.TinyKGCallback` and of Lightning's ``FSDPStrategy``.
     """
 
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register ``fsdp_tinykg``."""
-        strategy_registry.register("fsdp_tinykg", cls, description="FSDP, activations compressed", override=True)
-
 
 class TinyKGModelParallelStrategy(_Compressed, ModelParallelStrategy):
     """Sharded by ``configure_model`` (FSDP 2, tensor parallel), compressed: ``model_parallel_tinykg``.
 
     Takes the arguments of :class:`~lightning_tinykg.TinyKGCallback` and of Lightning's ``ModelParallelStrategy``.
     """
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register ``model_parallel_tinykg``."""
-        strategy_registry.register(
-            "model_parallel_tinykg",
-            cls,
-            description="FSDP 2 and tensor parallel, activations compressed",
-            override=True,
-        )
-
-
-for _strategy in (TinyKGStrategy, TinyKGDDPStrategy, TinyKGFSDPStrategy, TinyKGModelParallelStrategy):
-    _strategy.register_strategies(StrategyRegistry)

@@ -63,3 +63,24 @@ def test_peak_benchmark_in_processes_of_their_own(tmp_path: Path) -> None:
     assert plain["losses"][0] == compressed["losses"][0]
     assert len(plain["losses"]) == 2
     assert compressed["stored"] < compressed["raw"] / 5
+
+
+def test_retrieval_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    size = ("--items", "3000", "--threads", "1", "--queries", "10", "--k", "10", "--bits", "4", "1")
+    run(monkeypatch, "benchmarks/retrieval.py", *size, "--json", str(tmp_path / "r.json"))
+    rows = json.loads((tmp_path / "r.json").read_text())["results"]
+    exact = [row for row in rows if row["engine"].endswith(("refined", "numpy"))]
+    assert len(exact) == 8
+    assert all(row["right_of_codes"] == 1 for row in exact)
+
+
+def test_curve_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = ("--nodes", "300", "--edges", "2000", "--dim", "16", "--layers", "1", "--draws", "1", "--bits", "2")
+    files = ("--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png"))
+    run(monkeypatch, "benchmarks/curve.py", "--steps", "kgcn", "--ratios", "5", "1000", *size, *files)
+    rows = json.loads((tmp_path / "c.json").read_text())
+    assert [row["asked"] for row in rows] == ["2 bits", "5x", "1000x"]
+    assert rows[1]["ratio"] >= 5
+    assert "must be at least" in rows[2]["refused"]
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")

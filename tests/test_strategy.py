@@ -1,7 +1,8 @@
 """The strategies bring the callback with them: same logging, same results, to the bit."""
 
-import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_tinykg
-from lightning_tinykg import TinyKGCallback, TinyKGDDPStrategy, TinyKGStrategy
+from lightning_tinykg import TinyKGCallback, TinyKGDDPStrategy, TinyKGStrategy, registry
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -96,9 +96,37 @@ def test_registered_names() -> None:
     assert strategy.tinykg.bits == 8
 
 
-def test_importing_again_registers_again() -> None:
-    importlib.reload(lightning_tinykg.strategy)
-    assert "tinykg" in StrategyRegistry.available_strategies()
+def test_registering_again_changes_nothing() -> None:
+    names = StrategyRegistry.available_strategies()
+    registry.register()
+    assert StrategyRegistry.available_strategies() == names
+    assert type(StrategyRegistry.get("tinykg")) is TinyKGStrategy
+
+
+LIGHTNING, OURS = "import lightning as L", "import lightning_tinykg"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        [OURS, LIGHTNING],
+        [LIGHTNING, OURS],
+        [OURS, "from lightning.pytorch import Trainer", LIGHTNING],
+        ["from lightning_tinykg import TinyKGCallback", LIGHTNING],
+        ["from lightning_tinykg.strategy import TinyKGStrategy", LIGHTNING],
+        ["import lightning_tinykg.callback", LIGHTNING],
+    ],
+    ids=" then ".join,
+)
+def test_names_are_known_in_whichever_order_is_imported(imports: list[str]) -> None:
+    make = "print(type(L.Trainer(strategy='tinykg', accelerator='cpu', devices=1, logger=False).strategy).__name__)"
+    ran = subprocess.run([sys.executable, "-c", "\n".join([*imports, make])], capture_output=True, text=True)
+    assert ran.stdout.split() == ["TinyKGStrategy"], ran.stderr
+
+
+def test_the_package_alone_imports_neither_torch_nor_lightning() -> None:
+    code = f"import sys\n{OURS}\nprint(*({{'torch', 'lightning', 'torch_geometric'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == []
 
 
 def test_a_callback_beside_it_is_refused() -> None:

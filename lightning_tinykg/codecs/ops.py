@@ -7,8 +7,7 @@ has a gradient.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from lightning_tinykg.codecs import affine
 from lightning_tinykg.codecs.packing import packed_size
@@ -16,7 +15,7 @@ from lightning_tinykg.codecs.packing import packed_size
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@custom_op("tinykg::quantize", mutates_args=())
+@library.custom_op("tinykg::quantize", mutates_args=())
 def quantize_parts(tensor: Tensor, bits: int, key: int, group_size: int, metadata: torch.dtype) -> _Parts:
     """:func:`~lightning_tinykg.codecs.quantize`, giving the tensors of the code.
 
@@ -37,7 +36,7 @@ def quantize_parts(tensor: Tensor, bits: int, key: int, group_size: int, metadat
 @quantize_parts.register_fake
 def _(tensor: Tensor, bits: int, key: int, group_size: int, metadata: torch.dtype) -> _Parts:
     groups = (tensor.numel() + group_size - 1) // group_size
-    exact = torch.library.get_ctx().new_dynamic_size()
+    exact = library.get_ctx().new_dynamic_size()
     return (
         tensor.new_empty(groups, packed_size(group_size, bits), dtype=torch.uint8),
         tensor.new_empty(groups, dtype=metadata),
@@ -47,7 +46,7 @@ def _(tensor: Tensor, bits: int, key: int, group_size: int, metadata: torch.dtyp
     )
 
 
-@custom_op("tinykg::dequantize", mutates_args=())
+@library.custom_op("tinykg::dequantize", mutates_args=())
 def dequantize_parts(
     codes: Tensor, zero: Tensor, scale: Tensor, exact_index: Tensor, exact_value: Tensor, numel: int, bits: int
 ) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from lightning_tinykg.codecs import dequantize, quantize
 from lightning_tinykg.codecs.noise import make_key
@@ -29,9 +29,9 @@ def sample(rows: int = 100) -> Tensor:
 def test_operators_are_as_declared(bits: int) -> None:
     """Schema, fake tensors, dispatch and tracing, by PyTorch's own check, which takes NaN for different from NaN."""
     x = torch.randn(100, 50)
-    torch.library.opcheck(torch.ops.tinykg.quantize, (x, bits, -5, 32, torch.bfloat16))
+    library.opcheck(torch.ops.tinykg.quantize, (x, bits, -5, 32, torch.bfloat16))
     parts = torch.ops.tinykg.quantize(x, bits, -5, 32, torch.bfloat16)
-    torch.library.opcheck(torch.ops.tinykg.dequantize, (*parts, x.numel(), bits))
+    library.opcheck(torch.ops.tinykg.dequantize, (*parts, x.numel(), bits))
 
 
 def test_operators_give_what_the_functions_give() -> None:

@@ -1,0 +1,47 @@
+"""The demo and the reproduction run, show what they promise, and do not repeat what is done."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # or the table is folded
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(EXAMPLES / script))["main"]()
+
+
+def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ("--data", "synthetic:1000", "--epochs", "1", "--tuning-epochs", "1", "--bits", "2")
+    run(monkeypatch, "hqgnn.py", *size, "--out", str(tmp_path / "curve.png"))
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("full precision", "PTQ, 2 bits", "STE, 2 bits", "GSTE, 2 bits", "of fp32"))
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reproduction_resumes_and_refuses_to_mix_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(epochs: int, *estimators: str) -> list[dict[str, object]]:
+        size = ("--data", "synthetic:1000", "--dim", "8", "--teacher-epochs", "2", "--epochs", str(epochs))
+        options = ("--bits", "1", "--scale", "node", "--seeds", "0", "1", "--estimators", *estimators)
+        run(monkeypatch, "reproduce/hqgnn_lightgcn.py", *size, *options, "--out", str(tmp_path))
+        return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+
+    first = call(1, "ptq")
+    assert [(row["estimator"], row["seed"]) for row in first] == [("fp32", 0), ("fp32", 1), ("ptq", 0), ("ptq", 1)]
+    second = call(1, "ptq", "gste")
+    assert second[:4] == first
+    assert {row["estimator"] for row in second[4:]} == {"fp32 tuned", "gste"}
+    shown = capsys.readouterr().out
+    assert "of fp32" in shown
+    assert "±" in shown
+    assert (tmp_path / "recall_against_bytes.png").exists()
+    assert not [path for path in tmp_path.glob("*.ckpt") if not path.name.startswith("teacher")]
+    with pytest.raises(SystemExit, match="made with other settings"):
+        call(2, "ptq")
