@@ -1,6 +1,8 @@
 """Fixtures that more than one package's tests use."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,3 +15,12 @@ def real_data() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real data in {root}; set TINYKG_DATA to their folder")
     return root
+
+
+@pytest.fixture(autouse=True)
+def lightning_logs() -> Iterator[None]:
+    """What a script sets for its own process is undone: examples, run within a test, quieten Lightning."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
