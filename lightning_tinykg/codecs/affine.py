@@ -20,13 +20,14 @@ What other quantizers of saved tensors get wrong, and this one does not:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from lightning_tinykg.codecs.chunks import chunk_elements, iterate_groups
 from lightning_tinykg.codecs.kernels import kernels_for
 from lightning_tinykg.codecs.packing import check_bits, packed_size
 
@@ -35,9 +36,6 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Allocate = Callable[..., Tensor]
 """Gives memory: called as ``torch.empty(numel, dtype=..., device=...)``."""
-
-_SCRATCH_BYTES_PER_ELEMENT = 24
-_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 23}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +178,7 @@ def quantize(
     exact_value: list[Tensor] = []
     kernels = kernels_for(device)
 
-    for start, chunk, rows in _groups(tensor, group_size, kernels.dtypes):
+    for start, chunk, rows in iterate_groups(tensor, group_size, kernels.dtypes):
         first, count = start // group_size, rows.shape[0]
         parts = (
             (codes, zero, scale) if count == groups else tuple(t[first : first + count] for t in (codes, zero, scale))
@@ -240,7 +238,7 @@ def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
         )
     kernels, finfo = kernels_for(device), torch.finfo(dtype)
     reads = dtype in kernels.dtypes or dtype == torch.float32
-    limit = code.numel if dtype in kernels.dtypes else _CHUNK_ELEMENTS.get(device.type, 1 << 17)
+    limit = code.numel if dtype in kernels.dtypes else chunk_elements(device)
     whole = code.numel // group_size
     ends = [*range(0, whole, max(1, limit // group_size)), whole, code.codes.shape[0]]  # the last may be a short group
     for first, last in pairwise(ends):
@@ -275,70 +273,6 @@ def _restore_exact(out: Tensor, code: AffineCode, whole: int) -> None:
         torch.where(inside, code.exact_value, code.exact_value[:, :1]),
     )
     out.index_copy_(0, place.view(-1), value.reshape(-1))
-
-
-def iterate_chunks(
-    tensor: Tensor, multiple: int, scratch: int = _SCRATCH_BYTES_PER_ELEMENT
-) -> Iterator[tuple[int, Tensor]]:
-    """Cut a tensor into pieces of ``multiple`` elements' multiples that are cheap to copy, in row-major order.
-
-    Args:
-        tensor: any shape and strides.
-        multiple: each piece but the last has a multiple of this many elements.
-        scratch: bytes that an element takes while it is worked on.
-
-    Yields:
-        The position of the piece's first element and the piece, a view of the tensor.
-    """
-    numel = tensor.numel()
-    if numel == 0:
-        return
-    limit = min(
-        _CHUNK_ELEMENTS.get(tensor.device.type, 1 << 17) * _SCRATCH_BYTES_PER_ELEMENT // scratch,
-        max(tensor.nbytes // 4, 1 << 19) // scratch,
-    )
-    if tensor.is_contiguous():
-        rows, row = tensor.view(-1), 1
-    else:
-        rows, row = tensor, numel // tensor.shape[0]
-    # the fewest rows that hold a multiple of `multiple` elements
-    unit = multiple // math.gcd(multiple, row)
-    if row * unit > max(limit, multiple) and row > 1:
-        if row % multiple == 0:
-            for i, part in enumerate(tensor):
-                yield from ((i * row + start, piece) for start, piece in iterate_chunks(part, multiple, scratch))
-            return
-        rows, row, unit = tensor.contiguous().view(-1), 1, multiple
-    step = max(1, limit // (row * unit)) * unit
-    for first in range(0, rows.shape[0], step):
-        yield first * row, rows[first : first + step]
-
-
-def _groups(tensor: Tensor, group_size: int, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Cut a tensor into groups that kernels can read.
-
-    Args:
-        tensor: any shape and strides.
-        group_size: elements of a group.
-        dtypes: what the kernels read as it is.
-
-    Yields:
-        The position of the first element; a piece of the tensor; and its groups, shape ``[groups, group_size]``: the
-        piece itself, or a copy in float32, whose last, short group is filled up with an element of its own.
-    """
-    direct = 0
-    if tensor.dtype in dtypes and tensor.is_contiguous() and not (tensor._is_zerotensor() or tensor.is_neg()):
-        flat = tensor.view(-1)
-        direct = flat.numel() // group_size * group_size
-        if direct:
-            yield 0, flat[:direct], flat[:direct].view(-1, group_size)
-        tensor = flat[direct:]
-    for start, chunk in iterate_chunks(tensor, group_size):
-        numel = chunk.numel()
-        rows = torch.empty(-(-numel // group_size) * group_size, dtype=torch.float32, device=tensor.device)
-        rows[:numel].view(chunk.shape).copy_(chunk)
-        rows[numel:] = rows[numel - 1]
-        yield direct + start, chunk, rows.view(-1, group_size)
 
 
 def _constants_beyond_float32(chunk: Tensor, rows: Tensor) -> Tensor:

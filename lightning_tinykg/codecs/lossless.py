@@ -14,7 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_tinykg.codecs.affine import Allocate, iterate_chunks
+from lightning_tinykg.codecs.affine import Allocate
+from lightning_tinykg.codecs.chunks import iterate_chunks
 from lightning_tinykg.codecs.kernels import kernels_for
 
 _SCRATCH = 4  # bytes for each element while its class is found: a few bools

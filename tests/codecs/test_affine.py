@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from memory import LiveBytes
 from torch import Tensor
 
-from lightning_tinykg.codecs import affine, kernels
+from lightning_tinykg.codecs import chunks, kernels
 from lightning_tinykg.codecs.affine import AffineCode, dequantize, quantize, quantized_size
 from lightning_tinykg.codecs.lossless import Code
 from lightning_tinykg.codecs.noise import make_key
@@ -427,7 +427,7 @@ def test_same_codes_for_any_chunking(monkeypatch: pytest.MonkeyPatch, bits: int,
         (plain[:20_000].view(100, 200)[:, :37], 63),
     ]
     want = [quantize(x, bits, key=1, group_size=size) for x, size in cases]
-    monkeypatch.setitem(affine._CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(chunks._CHUNK_ELEMENTS, "cpu", chunk)
     for (x, size), before in zip(cases, want, strict=True):
         after = quantize(x, bits, key=1, group_size=size)
         for name in ("codes", "zero", "scale", "exact_index", "exact_value"):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_tinykg.codecs import affine
+from lightning_tinykg.codecs import chunks
 from lightning_tinykg.codecs.lossless import (
     Code,
     RawCode,
@@ -80,7 +80,7 @@ def test_any_layout(kind: str, size: int) -> None:
 def test_same_codes_for_any_chunking(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     x = layouts(torch.randn(150_000))
     want = {kind: encode_signs(tensor).codes for kind, tensor in x.items()}
-    monkeypatch.setitem(affine._CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(chunks._CHUNK_ELEMENTS, "cpu", chunk)
     for kind, tensor in x.items():
         assert torch.equal(encode_signs(tensor).codes, want[kind]), kind
 
