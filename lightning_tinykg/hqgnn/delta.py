@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_tinykg.hqgnn.gste import spread
+from lightning_tinykg.codecs.uniform import spread
 from lightning_tinykg.hqgnn.hessian import Curvature, bpr_curvature, curvature, merge
 from lightning_tinykg.hqgnn.quantizer import Quantizer
 

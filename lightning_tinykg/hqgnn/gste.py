@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_tinykg.codecs.packing import check_bits
-from lightning_tinykg.hqgnn.table import affine
+from lightning_tinykg.codecs.uniform import affine, code_units, gather_up, nearest_codes
 
-__all__ = ["nearest_codes", "quantize"]
+__all__ = ["quantize"]
 
 
 def quantize(
@@ -65,46 +65,6 @@ def quantize(
     check_bits(bits)
     result: Tensor = Quantize.apply(x, scale, zero, delta, bits, window)  # type: ignore[no-untyped-call]
     return result
-
-
-def nearest_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The codes of the nearest levels, as float32 `[n, d]`.
-
-    One bit is a comparison with the middle and not a division, so that the sign of `x` decides, however small `x` is.
-
-    Example:
-        >>> nearest_codes(torch.tensor([[-2.0, 0.4, 9.0]]), torch.tensor([1.0]), torch.tensor([-1.0]), bits=2)
-        tensor([[0., 1., 3.]])
-    """
-    if bits == 1:
-        return (x > spread(zero + scale / 2, x)).to(x.dtype)
-    return code_units(x, scale, zero).round().clamp(0, 2**bits - 1)
-
-
-def code_units(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """`(x - zero) / scale`, `[n, d]`."""
-    return (x - spread(zero, x)) / spread(scale, x)
-
-
-def spread(value: Tensor, x: Tensor) -> Tensor:
-    """A value per table `[1]`, node `[n]` or group `[n, groups]`, for every element of `x`: broadcastable to `[n, d]`.
-
-    Example:
-        >>> spread(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 4))
-        tensor([[1., 1., 2., 2.]])
-    """
-    if value.dim() == 2:
-        return value.repeat_interleave(x.size(1) // value.size(1), dim=1)
-    return value[:, None]
-
-
-def gather_up(x: Tensor, like: Tensor) -> Tensor:
-    """The transpose of `spread`: sums `[n, d]` to the shape of `like`."""
-    if like.dim() == 2:
-        of_groups: Tensor = x.unflatten(1, (like.size(1), -1)).sum(dim=2)
-        return of_groups
-    total: Tensor = x.sum().reshape(1) if like.numel() == 1 else x.sum(dim=1)
-    return total
 
 
 class Quantize(torch.autograd.Function):

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from lightning_tinykg.bits.schedule import check_bits
 from lightning_tinykg.codecs.packing import packed_size
+from lightning_tinykg.codecs.uniform import nearest_codes, symmetric_zero
 from lightning_tinykg.hqgnn.calibration import Calibration, best_clip
-from lightning_tinykg.hqgnn.gste import nearest_codes, quantize
-from lightning_tinykg.hqgnn.table import Granularity, QuantizedTable, symmetric_zero
+from lightning_tinykg.hqgnn.gste import quantize
+from lightning_tinykg.hqgnn.table import Granularity, QuantizedTable
 
 __all__ = ["Clip", "Quantizer"]
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.codecs.packing import check_bits, packed_size
+from lightning_tinykg.codecs.uniform import affine
 
 __all__ = ["Granularity", "QuantizedTable"]
 
@@ -97,34 +98,3 @@ class QuantizedTable:
     def __repr__(self) -> str:
         rows, dim = self.codes.shape
         return f"QuantizedTable({rows} x {dim}, {self.bits} bits per {self.granularity}, {self.nbytes:,} bytes)"
-
-
-def symmetric_zero(scale: Tensor, bits: int) -> Tensor:
-    """The value of code 0 where the levels lie symmetrically around 0: `-(2**bits - 1) / 2 * scale`.
-
-    Exact at 1 bit, where the levels are then `-scale / 2` and `scale / 2`; rounded once, in float32, at more.
-
-    Example:
-        >>> symmetric_zero(torch.tensor([2.0]), bits=2)
-        tensor([-3.])
-    """
-    zero: Tensor = scale * (-(2**bits - 1) / 2)
-    return zero
-
-
-def affine(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """`zero + scale * codes`, rounded twice (no fused multiply-add), so that every reader gets the same bits.
-
-    Args:
-        codes: Float32 `[n, d]`, whole numbers.
-        scale: Float32 `[1]`, `[n]` or `[n, groups]`.
-        zero: The shape of `scale`.
-
-    Returns:
-        Float32 `[n, d]`.
-    """
-    if scale.dim() == 2:
-        rows, groups = scale.shape
-        grouped = codes.reshape(rows, groups, codes.size(1) // groups)
-        return (grouped * scale[:, :, None] + zero[:, :, None]).reshape(codes.shape)
-    return codes * scale[:, None] + zero[:, None]

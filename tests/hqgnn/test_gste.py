@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_tinykg.hqgnn.gste import gather_up, nearest_codes, quantize, spread
-from lightning_tinykg.hqgnn.table import QuantizedTable, symmetric_zero
+from lightning_tinykg.codecs.uniform import gather_up, nearest_codes, spread, symmetric_zero
+from lightning_tinykg.hqgnn.gste import quantize
+from lightning_tinykg.hqgnn.table import QuantizedTable
 
 BITS = (1, 2, 4, 8)
 SHAPES = {"table": (1,), "node": (6,), "group": (6, 4)}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_tinykg.codecs.uniform import spread
 from lightning_tinykg.hqgnn.delta import DeltaRule, probe
-from lightning_tinykg.hqgnn.gste import spread
 from lightning_tinykg.hqgnn.hessian import (
     MAX_DELTA,
     Curvature,
