@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.nn.conv.lg_conv import LGConv
 from torch_geometric.nn.models import LightGCN as Encoder
 from torch_geometric.utils import to_undirected
 
 from lightning_tinykg.data.graph import collaborative_graph
 from lightning_tinykg.models.base import RankingModule
+from lightning_tinykg.models.propagation import propagate, row_starts
 
 __all__ = ["LightGCN"]
 
@@ -63,8 +65,10 @@ class LightGCN(RankingModule):
         self.dim, self.num_layers = dim, num_layers
         self.edge_index: Tensor
         self.edge_weight: Tensor
+        self.edge_start: Tensor
         self.register_buffer("edge_index", None, persistent=False)
         self.register_buffer("edge_weight", None, persistent=False)
+        self.register_buffer("edge_start", None, persistent=False)
         self._build_if_sized()
 
     def build(self) -> None:
@@ -81,11 +85,23 @@ class LightGCN(RankingModule):
         """Keep the user-item graph and its symmetrically normalised weights."""
         user, item = data["user", "interacts", "entity"].edge_index.to(self.device)
         edges = torch.stack([user + self.num_items, item])
-        self.edge_index, self.edge_weight = self._normalise(edges, self.num_items + self.num_users)
+        num_nodes = self.num_items + self.num_users
+        self.edge_index, self.edge_weight = self._normalise(edges, num_nodes)
+        self.edge_start = row_starts(self.edge_index[0], num_nodes)
 
     def embed(self) -> tuple[Tensor, Tensor]:
-        """Embed the full graph: users `[num_users, dim]`, items `[num_items, dim]`."""
-        out = self.encoder.get_embedding(self.edge_index, self.edge_weight)
+        """Embed the full graph: users `[num_users, dim]`, items `[num_items, dim]`.
+
+        By a sparse matrix, unless somebody has hooks in PyG's layers, or layers of his own: then these are called.
+        """
+        if any(map(_is_watched, self.encoder.convs)):
+            out = self.encoder.get_embedding(self.edge_index, self.edge_weight)
+        else:
+            x = self.encoder.embedding.weight
+            out = x * self.encoder.alpha[0]
+            for alpha in self.encoder.alpha[1:]:
+                x = propagate(x, self.edge_start, self.edge_index[1], self.edge_weight)
+                out = out + alpha * x
         return out[self.num_items :], out[: self.num_items]
 
     def embed_sampled(self, batch: HeteroData) -> tuple[Tensor, Tensor]:
@@ -107,3 +123,10 @@ class LightGCN(RankingModule):
     ) -> tuple[Tensor, ...]:
         """The rows of the embedding table, before propagation."""
         return tuple(self.encoder.embedding(ids) for ids in (user + self.num_items, positive, negative))
+
+
+def _is_watched(conv: nn.Module) -> bool:
+    """Whether a layer of PyG's has hooks, a method of its own, or a replacement, which all want to see the edges."""
+    own = vars(conv)
+    hooked = any(value for name, value in own.items() if name.endswith("_hooks"))
+    return type(conv) is not LGConv or hooked or bool(conv.explain) or "propagate" in own or "message" in own
