@@ -2,9 +2,13 @@
 
 import math
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -12,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_tinykg.codecs import dequantize, kernels, quantize
-from lightning_tinykg.codecs.kernels import kernels_for, use
+from lightning_tinykg.codecs import dequantize, quantize
+from lightning_tinykg.codecs.kernels import kernels_for, native, use
 from lightning_tinykg.codecs.lossless import encode_bool, encode_levels, encode_signs
 from lightning_tinykg.codecs.noise import make_key
 from lightning_tinykg.codecs.packing import BITS, packed_size
@@ -24,7 +28,7 @@ EXTREMES = (0.0, -0.0, INF, -INF, NAN, 3e38, -3e38, 1e-45, -1e-45, 1e-38, 1.0, -
 
 
 @pytest.fixture(autouse=True)
-def native() -> None:
+def needs_a_compiler() -> None:
     if kernels_for(CPU).name != "native":
         pytest.skip("no C compiler here")
 
@@ -210,6 +214,67 @@ def test_built_once_and_where_it_can_be_written(tmp_path: Path) -> None:
     assert run(XDG_CACHE_HOME=str(file))[0].startswith("native")
 
 
+@pytest.fixture
+def compiler(tmp_path: Path) -> Callable[[str], str]:
+    """Writes a compiler that does as a shell script says, which may go on with the real one, ``$CC``."""
+
+    def write(script: str) -> str:
+        real = os.environ.get("CC") or shlex.quote(shutil.which("cc") or shutil.which("gcc") or "")
+        path = tmp_path / "cc"
+        path.write_text(f"#!/bin/sh\nCC={shlex.quote(real)}\n{dedent(script)}")
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
+NO_THREADS_LIBRARY = """
+    case " $* " in
+    *" -fopenmp "*)
+        out=$(echo "$*" | sed 's/.* -o \\([^ ]*\\) .*/\\1/')
+        echo 'void nowhere(void); void tinykg_pack(void) { nowhere(); }' | $CC -fPIC -x c -c -o "$out" - ;;
+    *) exec $CC "$@" ;;
+    esac
+"""
+
+
+def test_what_cannot_be_loaded_is_built_with_other_flags(compiler: Callable[[str], str], tmp_path: Path) -> None:
+    want = int(quantize(torch.linspace(-1, 1, 1000), 2, key=7).codes.sum())
+    found = run(CC=compiler(NO_THREADS_LIBRARY), XDG_CACHE_HOME=str(tmp_path))
+    assert found[0] == f"native {want} 0"
+    (library,) = (tmp_path / "lightning_tinykg").iterdir()
+    library.write_bytes(b"cut off")
+    assert run(CC=str(tmp_path / "cc"), XDG_CACHE_HOME=str(tmp_path))[0] == f"native {want} 0"
+
+
+def test_a_linker_that_fails_is_quoted_for_all_flags(
+    compiler: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = 'case "$*" in *-shared*) echo "no linker here" >&2; exit 3 ;; esac'  # all else is called compiled
+    monkeypatch.setenv("CC", compiler(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(OSError, match="builds nothing that works") as raised:
+        native.build(native._SOURCE)
+    message = str(raised.value)
+    assert "exit status 3 no linker here" in message
+    assert all(f"with {' '.join(choice) or 'no more flags'}: " in message for choice in native._CHOICES)
+    assert not list((tmp_path / "cache" / "lightning_tinykg").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, other = tmp_path / "lightning_tinykg", tmp_path / "other"
+    cache.mkdir(mode=0o555)
+    other.mkdir()
+    access = os.access
+    # root may write everywhere, but to a file system that is mounted read-only
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (path == cache and mode & os.W_OK))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(other))
+    library = native.build(native._SOURCE)
+    assert library.is_relative_to(other)
+    assert not list(cache.iterdir())
+
+
 def test_the_environment_decides(tmp_path: Path) -> None:
     assert run(LIGHTNING_TINYKG_KERNELS="reference")[0].startswith("reference")
     with pytest.raises(subprocess.CalledProcessError):
@@ -224,4 +289,3 @@ def test_no_second_pool_of_threads() -> None:
     quantize(torch.randn(200_000), 2, key=0)
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     assert len(loaded) <= 1
-    assert kernels.NAMES == ("native", "triton", "reference")

@@ -29,7 +29,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from lightning_tinykg.codecs.kernels import fused
+from lightning_tinykg.codecs.kernels import fused, fused_groups, fused_masks
 
 INF, NAN = float("inf"), float("nan")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -297,7 +297,7 @@ def test_what_codecs_make(device: str) -> None:
 def divide(x_ptr, divisor_ptr, inverse_ptr, out_ptr, size, SIZE: tl.constexpr):
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     x, divisor = tl.load(x_ptr + place, mask=place < size), tl.load(divisor_ptr + place, mask=place < size)
-    quotient = fused._divide(x, divisor, tl.load(inverse_ptr + place, mask=place < size))
+    quotient = fused_groups._divide(x, divisor, tl.load(inverse_ptr + place, mask=place < size))
     tl.store(out_ptr + place, quotient, mask=place < size)
 
 
@@ -411,7 +411,7 @@ def check_arithmetic(found: Counter[str], contracted: int) -> None:
 )
 def test_compiled_for_an_h200(dtype: torch.dtype, group_size: int, bits: int) -> None:
     vectors = group_size != 44  # its planes are of 11 elements
-    ptx, elements = build(fused._quantize, dtype, group_size, bits, torch.bfloat16)
+    ptx, elements = build(fused_groups.quantize, dtype, group_size, bits, torch.bfloat16)
     found = instructions(ptx)
     check_arithmetic(found, 3 * elements)
     if vectors:  # each element is read once, 16 bytes at a time, and the groups' first ones once more
@@ -419,7 +419,7 @@ def test_compiled_for_an_h200(dtype: torch.dtype, group_size: int, bits: int) ->
         assert sum(loads.values()) == elements * dtype.itemsize // 16 + 1, loads
         assert loads["ld.global.v4.b32"] == elements * dtype.itemsize // 16, loads
 
-    ptx, elements = build(fused._dequantize, dtype, group_size, bits, torch.bfloat16)
+    ptx, elements = build(fused_groups.dequantize, dtype, group_size, bits, torch.bfloat16)
     found = instructions(ptx)
     check_arithmetic(found, 0)
     if vectors:
@@ -438,8 +438,8 @@ def test_masks_compiled_for_an_h200(bits: int) -> None:
     from triton.compiler import ASTSource
 
     for kernel, pointers in (
-        (fused._pack, {"codes_ptr": "*u8", "out_ptr": "*u8"}),
-        (fused._unpack_levels, {"codes_ptr": "*u8", "levels_ptr": "*i32", "out_ptr": "*i32"}),
+        (fused_masks.pack, {"codes_ptr": "*u8", "out_ptr": "*u8"}),
+        (fused_masks.unpack_levels, {"codes_ptr": "*u8", "levels_ptr": "*i32", "out_ptr": "*i32"}),
     ):
         names = kernel.arg_names
         types = {**pointers, "size": "i32", "tiles": "i32", "BITS": "constexpr", "COLUMNS": "constexpr"}
@@ -452,4 +452,4 @@ def test_masks_compiled_for_an_h200(bits: int) -> None:
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
         stores = [name for name in instructions(ptx) if name.startswith("st.global")]
         # the bytes of a thread that lie together: 4 codes of a plane, or the levels of 4
-        assert stores == ["st.global.v4.b32" if kernel is fused._unpack_levels else "st.global.b32"], stores
+        assert stores == ["st.global.v4.b32" if kernel is fused_masks.unpack_levels else "st.global.b32"], stores

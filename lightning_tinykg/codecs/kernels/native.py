@@ -91,11 +91,12 @@ def _threads(x: Tensor) -> int:
 
 
 def build(source: Path) -> Path:
-    """Compile a C file to a shared library, unless this compiler has done so on this kind of processor before.
+    """Compile a C file to a shared library, unless this compiler has done so for this processor and PyTorch.
 
     The library is put into ``$XDG_CACHE_HOME/lightning_tinykg`` (``~/.cache`` by default), or where that can't be
     written, into a directory of its own for this process. It is built without a threads' library: what it asks for
-    is PyTorch's, so that there is one pool of threads in the process.
+    is PyTorch's, so that there is one pool of threads in the process. Where that lacks something the compiler asks for,
+    the library can't be loaded, and flags that need less are tried.
 
     Args:
         source: the C file.
@@ -104,32 +105,58 @@ def build(source: Path) -> Path:
         The library.
 
     Raises:
-        OSError: if there is no compiler, or it fails; with what it said.
+        OSError: if there is no compiler, or it fails with all flags; with what it said to each.
     """
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
     if not shutil.which(compiler[0]):
         raise OSError("no C compiler was found: install one, or set CC")
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (source.read_text(), version, shlex.join(compiler), repr((_FLAGS, _CHOICES)), _processor())
+    # what can be loaded depends on the threads' library that comes with PyTorch
+    built_with = (version, shlex.join(compiler), repr((_FLAGS, _CHOICES)), torch.__version__)
+    parts = (source.read_text(), *built_with, _processor())
     name = f"{source.stem}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_tinykg"
     library = cache / name
-    if library.exists():
+    if library.exists() and not _unloadable(library):
         return library
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    if not _writable(cache):
         library = Path(tempfile.mkdtemp(prefix="lightning_tinykg-")) / name
+    failures = []
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:  # another process may be building it as well
         built = Path(directory) / name
         for choice in _CHOICES:
-            command = [*compiler, *_FLAGS, *choice, "-c", "-o", f"{built}.o", str(source)]
-            ran = subprocess.run(command, capture_output=True, text=True, check=False)
-            if ran.returncode == 0:
-                subprocess.run([*compiler, "-shared", "-o", str(built), f"{built}.o"], check=False)
+            compiling = [*compiler, *_FLAGS, *choice, "-c", "-o", f"{built}.o", str(source)]
+            linking = [*compiler, "-shared", "-o", str(built), f"{built}.o"]
+            failure = _failure(compiling) or _failure(linking) or _unloadable(built)
+            if not failure:
                 os.replace(built, library)
                 return library
-    raise OSError(f"{shlex.join(command)}: {ran.stderr.strip()[:500]}")
+            failures.append(f"with {shlex.join(choice) or 'no more flags'}: {failure}")
+    raise OSError(f"{shlex.join(compiler)} builds nothing that works: {'; '.join(failures)}")
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be put there; it is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _failure(command: list[str]) -> str:
+    """Run it. Returns what it said, with its exit status, if it failed."""
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"exit status {ran.returncode} {ran.stderr.strip()[:200]}".strip() if ran.returncode else ""
+
+
+def _unloadable(library: Path) -> str:
+    """Why it can't be loaded, if so."""
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return f"it can't be loaded: {str(error)[:200]}"
+    return ""
 
 
 def _processor() -> str:
