@@ -138,8 +138,8 @@ class TinyKGCallback(Callback):
         if (planner := self._compression.planner) is not None:
             planner.agree = strategy.broadcast
             planner.most = partial(_largest, strategy) if trainer.world_size > 1 else None
-        # an attribute of the instance hides the class's method until it is deleted: what mypy can't know is the point
-        strategy.training_step = partial(_compressed_step, self, strategy.training_step)  # type: ignore[method-assign]
+        step = partial(_compressed_step, self, strategy.training_step)
+        strategy.training_step = step  # type: ignore[method-assign]  # hides the class's until it is deleted
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,7 +182,7 @@ class TinyKGCallback(Callback):
         if _is_ours(wrapped) and wrapped.args[0] is self:
             del strategy.__dict__["training_step"]
             if getattr(wrapped.args[1], "__self__", None) is not strategy:  # another tool's wrapper
-                strategy.training_step = wrapped.args[1]  # type: ignore[method-assign]
+                strategy.training_step = wrapped.args[1]  # type: ignore[method-assign]  # hides the class's
         self._compression.root = None
 
     @override

@@ -22,11 +22,12 @@ In YAML, compression is one callback; ``bits`` is a width, a schedule, or a plan
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
@@ -141,11 +142,22 @@ class TinyKGCLI(LightningCLI):
             super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the model to the configuration.
+        """Merge a checkpoint's hyper-parameters into the configuration, where Lightning can.
 
-        Lightning would merge a checkpoint's hyper-parameters into it; those of a module around another (``HQGNN``) say
-        how a checkpoint is loaded, and are no arguments.
+        It can't, and would stop, if one of them describes a module: that is no argument, but what
+        ``load_from_checkpoint`` makes it again from (``HQGNN``'s encoder). Nor if no command line trained the model, so
+        that they do not say of which class they are. The configuration is then taken as it is.
         """
+        subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if path and Path(path).is_file():
+            # on no device, for what is asked are a few numbers and not the weights
+            saved = torch.load(path, weights_only=True, map_location="meta").get("hyper_parameters", {})
+            if any(isinstance(value, Mapping) and "class_path" in value for value in saved.values()):
+                return
+            if self.subclass_mode_model and "_class_path" not in saved:
+                return
+        super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
         """Profile and export in one process, whatever a configuration for training says."""

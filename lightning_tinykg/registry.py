@@ -70,8 +70,8 @@ class _Waiting(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in sys.meta_path)), None)
         if spec is not None and spec.loader is not None:
-            # of this module's own loader
-            spec.loader.exec_module = partial(_followed, spec.loader.exec_module)  # type: ignore[method-assign]
+            load = partial(_followed, spec.loader.exec_module)
+            spec.loader.exec_module = load  # type: ignore[method-assign]  # hides the class's, for this import
         return spec
 
 

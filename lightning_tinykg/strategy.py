@@ -39,10 +39,6 @@ class _Compressed:
 
     lightning_module: Any
 
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Nothing: the names are in :mod:`lightning_tinykg.registry`."""
-
     def __init__(
         self,
         *args: Any,

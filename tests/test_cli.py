@@ -1,5 +1,6 @@
 """``lightning-tinykg``: what a user writes in YAML or on the command line is what runs."""
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -106,6 +108,31 @@ def test_fit_from_yaml_with_a_schedule(config: Callable[..., str]) -> None:
     assert tinykg(cli).plan.default == StepAnneal({0: 8, 2: 2})
     assert int(cli.trainer.callback_metrics["tinykg/bits"]) == 2
     assert cli.model.hparams["width"] == 32
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_checkpoint_brings_its_hyper_parameters(module: str, tmp_path: Path, command: str) -> None:
+    """Else weights of width 32 would meet a model of the default width."""
+    args = [f"--model={module}.WithData", "--trainer.max_epochs=1", *TRAINER]
+    trained = TinyKGCLI(args=["fit", *args, "--model.width=32"])
+    trained.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    options = ["--trainer.max_epochs=2"] if command == "fit" else [f"--data={module}.Data"]
+    cli = TinyKGCLI(args=[command, *args, *options, f"--ckpt_path={tmp_path / 'last.ckpt'}"])
+    assert cli.model.hparams["width"] == cli.model.net[0].out_features == 32
+    if command == "fit":
+        assert cli.trainer.global_step == 8
+
+
+def test_a_checkpoint_that_no_command_line_wrote(module: str, tmp_path: Path) -> None:
+    """Its hyper-parameters do not say of which class they are: the configuration has to."""
+    model = importlib.import_module(module).WithData(width=32)
+    options: dict[str, Any] = dict.fromkeys(QUIET, False) | {"accelerator": "cpu", "max_epochs": 1}
+    trainer = L.Trainer(**options)
+    trainer.fit(model)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    args = [f"--model={module}.WithData", "--model.width=32", f"--data={module}.Data", *TRAINER]
+    cli = TinyKGCLI(args=["test", *args, f"--ckpt_path={tmp_path / 'last.ckpt'}"])
+    torch.testing.assert_close(cli.model.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_an_anneal_by_its_short_name(config: Callable[..., str]) -> None:

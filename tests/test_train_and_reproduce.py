@@ -32,6 +32,7 @@ def test_reproduction_resumes_and_refuses_to_mix_settings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")  # or the table is folded
+    monkeypatch.syspath_prepend(EXAMPLES / "reproduce")  # as Python does with a script's folder
     script = runpy.run_path(str(EXAMPLES / "reproduce" / "music.py"))["main"]
 
     def call(epochs: int) -> str:

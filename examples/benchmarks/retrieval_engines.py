@@ -79,7 +79,7 @@ def quantized(items: Floats, bits: int, scale: str) -> QuantizedTable:
         part = slice(start, start + 2**18)
         own = (zero[part, None], step[part, None]) if scale == "node" else (zero, step)
         codes[part] = np.clip(np.rint((items[part] - own[0]) / own[1]), 0, steps)
-    return QuantizedTable(torch.from_numpy(codes), torch.from_numpy(step), torch.from_numpy(zero), bits)
+    return QuantizedTable(torch.from_numpy(codes), torch.from_numpy(step), None, bits)  # the zero follows
 
 
 def _asking(index: LowBitIndex, **options: Any) -> Callable[[Floats, int], Ints]:

@@ -12,79 +12,24 @@ teachers are kept beside it. Users are scored at full precision unless `--users 
 
 import argparse
 import json
-import logging
 import statistics
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from reporting import WATCHED, Report, quiet_trainer, silence, spread
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
-from torch_geometric.data import HeteroData
 
 from lightning_tinykg.data import KGRecDataModule
 from lightning_tinykg.hqgnn import HQGNN
 from lightning_tinykg.models import LightGCN
 
 METRICS = ("recall@20", "recall@50", "ndcg@20", "ndcg@50")
-WATCHED: dict[str, Any] = {"monitor": "val/recall@20", "mode": "max"}
-
-
-class Propagate(torch.autograd.Function):
-    """A product with a symmetric sparse matrix, whose backward is the same product."""
-
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor, x: Tensor) -> Tensor:
-        ctx.matrix = matrix
-        return matrix @ x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.matrix @ grad
-
-
-class SparseLightGCN(LightGCN):
-    """`LightGCN` on a sparse matrix: the same embeddings, some thirty times faster on a CPU than edge by edge."""
-
-    def prepare(self, data: HeteroData) -> None:
-        super().prepare(data)
-        size = (self.num_items + self.num_users,) * 2
-        self.matrix = torch.sparse_coo_tensor(self.edge_index, self.edge_weight, size).coalesce().to_sparse_csr()
-
-    def embed(self) -> tuple[Tensor, Tensor]:
-        x = self.encoder.embedding.weight
-        alpha = self.encoder.alpha
-        out = alpha[0] * x
-        for layer in range(self.num_layers):
-            x = Propagate.apply(self.matrix.to(x.device), x)  # type: ignore[no-untyped-call]
-            out = out + alpha[layer + 1] * x
-        return out[self.num_items :], out[: self.num_items]
-
-
-class Report(Callback):
-    """Shows each epoch's validation score, and keeps it."""
-
-    def __init__(self, progress: Progress, name: str) -> None:
-        self.progress, self.name = progress, name
-        self.task = progress.add_task(name, total=None)
-        self.curve: list[float] = []
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.curve.append(float(trainer.callback_metrics["val/recall@20"]))
-        text = f"{self.name}: epoch {trainer.current_epoch + 1}, validation Recall@20 {self.curve[-1]:.4f}"
-        self.progress.update(self.task, description=f"{text}, best {max(self.curve):.4f}")
-
-
-def trainer(args: argparse.Namespace, **options: Any) -> L.Trainer:
-    """A quiet one."""
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(**quiet, num_sanity_val_steps=0, accelerator=args.accelerator, devices=1, **options)
 
 
 def dataset(args: argparse.Namespace) -> KGRecDataModule:
@@ -101,27 +46,27 @@ def fit(
     best = ModelCheckpoint(path.parent, path.stem, **WATCHED, save_weights_only=True)
     stop = EarlyStopping(patience=patience, **WATCHED)
     start = time.perf_counter()
-    run = trainer(args, max_epochs=epochs, callbacks=[report, best, stop])
+    run = quiet_trainer(args.accelerator, max_epochs=epochs, callbacks=[report, best, stop])
     run.fit(model, dataset(args))
     seconds = time.perf_counter() - start
     progress.remove_task(report.task)
     return {"curve": report.curve, "epochs": run.current_epoch, "seconds": seconds, "val": max(report.curve)}
 
 
-def teacher_of(seed: int, args: argparse.Namespace, progress: Progress) -> SparseLightGCN:
+def teacher_of(seed: int, args: argparse.Namespace, progress: Progress) -> LightGCN:
     """The full-precision model of a seed, trained once."""
     path = args.out / f"teacher-seed{seed}.ckpt"
     if not path.exists():
         L.seed_everything(seed, verbose=False)
-        model = SparseLightGCN(dim=args.dim, num_layers=args.layers, lr=args.teacher_lr, l2=args.l2, k=[20, 50])
+        model = LightGCN(dim=args.dim, num_layers=args.layers, lr=args.teacher_lr, l2=args.l2, k=[20, 50])
         fit(model, args, args.teacher_epochs, args.patience, path.with_name(f"training-seed{seed}.ckpt"), progress)
         path.with_name(f"training-seed{seed}.ckpt").rename(path)  # a file that exists is whole
-    return SparseLightGCN.load_from_checkpoint(path, map_location="cpu")
+    return LightGCN.load_from_checkpoint(path, map_location="cpu")
 
 
 def score(model: L.LightningModule, args: argparse.Namespace) -> dict[str, float]:
     """Validation and test."""
-    run, data = trainer(args, enable_checkpointing=False), dataset(args)
+    run, data = quiet_trainer(args.accelerator, enable_checkpointing=False), dataset(args)
     found = dict(run.validate(model, data, verbose=False)[0])
     return found | dict(run.test(model, data, verbose=False)[0])
 
@@ -154,12 +99,6 @@ def run_one(key: dict[str, Any], args: argparse.Namespace, progress: Progress) -
         if result["val"] > before["val/recall@20"]:
             tested = score(model, args)
     return key | result | {name: tested[f"test/{name}"] for name in METRICS} | {"mib": tested["hqgnn/embedding_mib"]}
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation, as far as there are several."""
-    mean = f"{statistics.mean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
 def groups(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
@@ -240,8 +179,7 @@ def main() -> None:
     parser.add_argument("--accelerator", default="cpu")
     args = parser.parse_args()
 
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    silence()
     args.out.mkdir(parents=True, exist_ok=True)
     shown = ("seeds", "bits", "estimators", "scale", "out", "accelerator")
     settings = {name: str(value) for name, value in vars(args).items() if name not in shown}

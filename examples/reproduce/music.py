@@ -11,17 +11,16 @@ leaves a JSON file under `--out` and is not repeated, so an interrupted call can
 
 import argparse
 import json
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from reporting import WATCHED, Report, quiet_trainer, silence, spread
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -48,23 +47,6 @@ class StoredBytes(Callback):
             self.steps += 1
 
 
-class Report(Callback):
-    """Shows each epoch's validation score, and keeps it."""
-
-    def __init__(self, progress: Progress, name: str) -> None:
-        self.progress, self.name = progress, name
-        self.task = progress.add_task(name, total=None)
-        self.curve: list[float] = []
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Update the line."""
-        score = float(trainer.callback_metrics["val/recall@20"])
-        self.curve.append(score)
-        self.progress.update(
-            self.task, description=f"{self.name}: epoch {trainer.current_epoch + 1}, validation Recall@20 {score:.4f}"
-        )
-
-
 def settings(model_name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a result depends on, besides the seed and the bits."""
     if model_name == "popularity":
@@ -77,31 +59,22 @@ def settings(model_name: str, args: argparse.Namespace) -> dict[str, Any]:
 def run(model_name: str, bits: str, seed: int, args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """One run: train, then test with the best checkpoint."""
     result: dict[str, Any] = {"model": model_name, "bits": bits, "seed": seed, "settings": settings(model_name, args)}
-    quiet: dict[str, Any] = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "accelerator": args.accelerator,
-        "devices": 1,
-    }
     if model_name == "popularity":
-        trainer = L.Trainer(**quiet, enable_checkpointing=False)
+        trainer = quiet_trainer(args.accelerator, enable_checkpointing=False)
         return result | dict(trainer.test(MostPopular(), KGRecDataModule(args.data), verbose=False)[0])
 
     L.seed_everything(seed, verbose=False)
     model = MODELS[model_name](**result["settings"]["model"])
     data = KGRecDataModule(**(result["settings"]["data"] | {"root": args.data}))
     report = Report(progress, f"{model_name}, {describe(bits)}, seed {seed}")
-    watched: dict[str, Any] = {"monitor": "val/recall@20", "mode": "max"}
     with tempfile.TemporaryDirectory() as folder:
-        best = ModelCheckpoint(folder, **watched)
-        callbacks: list[Callback] = [report, best, EarlyStopping(patience=args.patience, **watched)]
+        best = ModelCheckpoint(folder, **WATCHED)
+        callbacks: list[Callback] = [report, best, EarlyStopping(patience=args.patience, **WATCHED)]
         if bits != "none":
             tinykg = TinyKGCallback(bits=width(bits), seed=seed, summary=False)
             stored = StoredBytes(tinykg)
             callbacks += [tinykg, stored]
-        trainer = L.Trainer(**quiet, max_epochs=args.epochs, callbacks=callbacks)
+        trainer = quiet_trainer(args.accelerator, max_epochs=args.epochs, callbacks=callbacks)
         start = time.perf_counter()
         trainer.fit(model, data)
         seconds = time.perf_counter() - start
@@ -148,12 +121,6 @@ def checked(bits: str) -> str:
     return bits
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation, as far as there are several."""
-    mean = f"{statistics.mean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
-
-
 def tabulate(results: list[dict[str, Any]]) -> Table:
     """Mean and spread over the seeds, a row for each model and width."""
     table = Table(title="music: full ranking, known items masked; mean ± standard deviation over seeds")
@@ -195,8 +162,7 @@ def main() -> None:
     parser.add_argument("--accelerator", default="cpu")
     args = parser.parse_args()
 
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    silence()
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [("popularity", "none", 0)] if "popularity" in args.models else []
     wanted += [("lightgcn", "none", seed) for seed in args.seeds if "lightgcn" in args.models]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_tinykg.models.base import RankingModule
+from lightning_tinykg.models.base import SIZES, RankingModule
 
 __all__ = ["describe", "embed", "lending_the_log", "make", "warm_start"]
 
@@ -59,6 +60,10 @@ def describe(encoder: nn.Module) -> dict[str, Any] | None:
     kind = type(encoder)
     private = ("_instantiator", "_class_path", "class_path")
     arguments = {name: value for name, value in encoder.hparams.items() if name not in private}
+    outer = arguments.get("encoder")
+    if isinstance(outer, Mapping) and "encoder" not in signature(kind).parameters:
+        # on the command line Lightning takes the outer module's arguments for those of the module in it, too
+        arguments = {**outer.get("init_args", {}), **{name: arguments[name] for name in SIZES if name in arguments}}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 

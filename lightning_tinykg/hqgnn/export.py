@@ -201,8 +201,8 @@ def _plain(value: Any) -> bool:
 
 
 def _packed(table: QuantizedTable) -> CodeTable:
-    codes, scale, zero = (_array(part) for part in (table.codes, table.scale, table.zero))
-    return CodeTable(pack_rows(codes, table.bits), scale, zero, table.bits, codes.shape[1])
+    codes, zero = _array(table.codes), None if table.zero is None else _array(table.zero)
+    return CodeTable(pack_rows(codes, table.bits), _array(table.scale), zero, table.bits, codes.shape[1])
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:
@@ -210,7 +210,8 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]:
 
 
 def _table_parts(packed: CodeTable) -> folders.Arrays:
-    return {"codes": packed.packed, "scale": packed.scale, "zero": packed.zero}
+    zero = {} if packed.zero is None else {"zero": packed.zero}
+    return {"codes": packed.packed, "scale": packed.scale, **zero}
 
 
 def _user_parts(users: Tensor | QuantizedTable, dim: int) -> folders.Arrays:

@@ -144,7 +144,7 @@ class CodeIndex:
     def _affine(self, rows: Ints | slice) -> tuple[Doubles, Doubles]:
         """The scales of some rows, and the values of their level 0."""
         scale = self.table.scale[rows].astype(np.float64)
-        return scale, self.table.zero[rows].astype(np.float64) + scale * self._middle
+        return scale, self.table.zero_of(rows).astype(np.float64) + scale * self._middle
 
     # -- made of codes, and held against them ------------------------------------------------------------------------
 

@@ -21,7 +21,9 @@ from lightning_tinykg.hqgnn.shards import file_names, shards_of
 
 __all__ = ["FORMAT", "VERSION", "Export", "ExportError", "checksum", "map_tensors", "sha256"]
 
-FORMAT, VERSION = "lightning_tinykg.lowbit", 1
+FORMAT, VERSION = "lightning_tinykg.lowbit", 2
+READABLE = (1, 2)
+"""Versions that are read. Version 1 has a zero for every scale; from 2 on it is left out where it follows from it."""
 FILES = ("items.safetensors", "users.safetensors", "seen.safetensors")
 DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F32": np.float32}
 LONGEST_HEADER = 2**20
@@ -135,10 +137,13 @@ class Export:
             parts[name], metadata = map_tensors(folder / name)
             if metadata.get("content") != card["content"]:
                 raise ExportError(f"{folder / name}: of another export than card.json")
-        items = _table(folder / FILES[0], parts[FILES[0]], card["bits"], card["dim"], card["num_items"])
+        version = card["version"]
+        items = _table(folder / FILES[0], parts[FILES[0]], card["bits"], card["dim"], card["num_items"], version)
         users: CodeTable | Floats
         if card["users"] == "codes":
-            users = _table(folder / FILES[1], parts[FILES[1]], card["user_bits"], card["dim"], card["num_users"])
+            users = _table(
+                folder / FILES[1], parts[FILES[1]], card["user_bits"], card["dim"], card["num_users"], version
+            )
         else:
             users = _tensor(folder / FILES[1], parts[FILES[1]], "vectors", (card["num_users"], card["dim"]))
         path, seen = folder / FILES[2], parts[FILES[2]]
@@ -200,8 +205,9 @@ def _card(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{path}: corrupt: no JSON ({error})") from None
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise ExportError(f"{path}: of something else: its format is not {FORMAT!r}")
-    if card.get("version") != VERSION:
-        raise ExportError(f"{path}: of format version {card.get('version')}, this release reads version {VERSION}")
+    if card.get("version") not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise ExportError(f"{path}: of format version {card.get('version')}, this release reads versions {known}")
     if card.get("checksum") != checksum(card):
         raise ExportError(f"{path}: changed after it was written: its checksum does not fit; export again")
     missing = [name for name in FILES if name not in card["files"]]
@@ -218,12 +224,12 @@ def _tensor(path: Path, parts: Arrays, name: str, shape: tuple[int, ...]) -> npt
     return parts[name]
 
 
-def _table(path: Path, parts: Arrays, bits: int, dim: int, rows: int) -> CodeTable:
+def _table(path: Path, parts: Arrays, bits: int, dim: int, rows: int, version: int) -> CodeTable:
     packed = _tensor(path, parts, "codes", (rows, -(-dim * bits // 8)))
-    missing = [name for name in ("scale", "zero") if name not in parts]
+    missing = [name for name in (("scale", "zero") if version == 1 else ("scale",)) if name not in parts]
     if missing:
         raise ExportError(f"{path}: has no tensor {missing[0]!r}")
     try:
-        return CodeTable(packed, parts["scale"], parts["zero"], bits, dim)
+        return CodeTable(packed, parts["scale"], parts.get("zero"), bits, dim)
     except ValueError as error:
         raise ExportError(f"{path}: {error}") from None

@@ -63,7 +63,8 @@ def quantize(
         tensor([[1.1000, 1.2000, 0.0000]])
     """
     check_bits(bits)
-    result: Tensor = Quantize.apply(x, scale, zero, delta, bits, window)  # type: ignore[no-untyped-call]
+    arguments = (x, scale, zero, delta, bits, window)
+    result: Tensor = Quantize.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not annotate it
     return result
 
 

@@ -11,6 +11,7 @@ The quantizer is the last operation before the score, so the Hessian sees the lo
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -259,7 +260,7 @@ def hutchinson(
 
 
 def curvature(
-    loss: Callable[..., Tensor], points: Sequence[Tensor], counts: Sequence[Tensor | int], **options: float
+    loss: Callable[..., Tensor], points: Sequence[Tensor], counts: Sequence[Tensor | int], **options: Any
 ) -> tuple[Curvature, TraceEstimate]:
     """Trace, by Hutchinson, and gradient of any loss.
 
@@ -275,7 +276,7 @@ def curvature(
     with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
         leaves = [point.detach().requires_grad_() for point in points]
         gradients = torch.autograd.grad(loss(*leaves), leaves, materialize_grads=True)
-    estimate = hutchinson(loss, points, **options)  # type: ignore[arg-type]
+    estimate = hutchinson(loss, points, **options)
     elements = sum(torch.as_tensor(n) * x.size(1) for n, x in zip(counts, points, strict=True))
     elements = torch.as_tensor(elements, device=points[0].device).clamp(min=1)
     gradient = torch.stack([g.abs().sum() for g in gradients]).sum() / elements

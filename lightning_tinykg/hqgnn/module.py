@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -190,8 +190,9 @@ class HQGNN(QuantizedRanking):
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """The loss of one batch on quantized embeddings; a batch that is none of ranking goes to the encoder."""
         if not isinstance(batch, BPRBatch | HeteroData):
+            step: Callable[[Any, int], STEP_OUTPUT] = self.encoder.training_step  # type: ignore[assignment]  # if it has one
             with encoders.lending_the_log(self.encoder, self):
-                return self.encoder.training_step(batch, batch_idx)  # type: ignore[operator, no-any-return]
+                return step(batch, batch_idx)
         self._follow_schedule()
         if isinstance(batch, BPRBatch):
             self._require_graph()
@@ -199,7 +200,7 @@ class HQGNN(QuantizedRanking):
             among = None
             place = ids = (batch.user, batch.positive, batch.negative)
         else:
-            raw = self.encoder.embed_sampled(batch)  # type: ignore[operator]
+            raw = self.encoder.embed_sampled(batch)  # type: ignore[operator]  # not every encoder samples
             among = batch["entity"].n_id < self.num_items
             place = (batch["user"].src_index, batch["entity"].dst_pos_index, batch["entity"].dst_neg_index)
             names = (batch["user"].n_id, batch["entity"].n_id, batch["entity"].n_id)

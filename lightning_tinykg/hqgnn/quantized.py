@@ -85,7 +85,7 @@ class QuantizedRanking(RankingModule):
     def set_graph(self, data: HeteroData) -> None:
         """Use this graph, and give it to the encoder if it takes one (`set_graph`)."""
         if isinstance(self.encoder, RankingModule) or hasattr(self.encoder, "set_graph"):
-            self.encoder.set_graph(data)  # type: ignore[operator]
+            self.encoder.set_graph(data)  # type: ignore[operator]  # nn.Module: any attribute
         super().set_graph(data)
         self._describe()
 
@@ -94,14 +94,14 @@ class QuantizedRanking(RankingModule):
         if self.teacher is not None:
             checkpoint["hqgnn_teacher"] = self.teacher.state_dict()
         if hasattr(self.encoder, "on_save_checkpoint"):
-            self.encoder.on_save_checkpoint(checkpoint)  # type: ignore[operator]
+            self.encoder.on_save_checkpoint(checkpoint)  # type: ignore[operator]  # nn.Module: any attribute
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore them."""
         if "hqgnn_teacher" in checkpoint:
             self.teacher = Teacher.from_state_dict(checkpoint["hqgnn_teacher"])
         if hasattr(self.encoder, "on_load_checkpoint"):
-            self.encoder.on_load_checkpoint(checkpoint)  # type: ignore[operator]
+            self.encoder.on_load_checkpoint(checkpoint)  # type: ignore[operator]  # nn.Module: any attribute
 
     # -- embeddings --------------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ class Quantizer(nn.Module):
         tensor([[ 2.0000, -2.0000],
                 [ 0.3000,  0.3000]])
         >>> quantizer.encode(x)
-        QuantizedTable(2 x 2, 1 bits per node, 18 bytes)
+        QuantizedTable(2 x 2, 1 bits per node, 10 bytes)
     """
 
     def __init__(
@@ -219,7 +219,8 @@ class Quantizer(nn.Module):
         if not self.calibrated:
             self.calibrate(x)
         scale, zero = self.range_of(x)
-        return QuantizedTable(nearest_codes(x, scale, zero, self.bits).to(torch.uint8), scale, zero, self.bits)
+        codes = nearest_codes(x, scale, zero, self.bits).to(torch.uint8)
+        return QuantizedTable(codes, scale, None, self.bits)  # the zero of symmetric levels follows from the scale
 
     @torch.no_grad()
     def error(self, x: Tensor) -> Tensor:
@@ -240,9 +241,9 @@ class Quantizer(nn.Module):
 
         Example:
             >>> Quantizer(bits=4, scale="node").table_bytes(10, 64), Quantizer(bits=32).table_bytes(10, 64)
-            (400, 2560)
+            (360, 2560)
         """
         if self.bits == 32:
             return rows * dim * 4
         scales = {"table": 1, "node": rows, "group": rows * (dim // self.group_size)}[self.scale]
-        return rows * packed_size(dim, self.bits) + 8 * scales
+        return rows * packed_size(dim, self.bits) + 4 * scales

@@ -71,7 +71,7 @@ class CodeTable:
     Args:
         packed: uint8 ``[n, ceil(dim * bits / 8)]``, see :func:`pack_rows`; may be a memory map.
         scale: float32, ``[1]`` for the table, ``[n]`` for each row or ``[n, groups]``.
-        zero: float32, the value of code 0; the shape of ``scale``.
+        zero: float32, the value of code 0, in the shape of ``scale``. None: the levels lie symmetrically around 0.
         bits: 1, 2, 4 or 8.
         dim: codes of a row.
 
@@ -88,7 +88,7 @@ class CodeTable:
 
     packed: Bytes
     scale: Floats
-    zero: Floats
+    zero: Floats | None
     bits: int
     dim: int
 
@@ -102,16 +102,17 @@ class CodeTable:
                 f"got {self.packed.dtype} {list(self.packed.shape)}"
             )
         for name, value in (("scale", self.scale), ("zero", self.zero)):
-            if value.dtype != np.float32 or not np.isfinite(value).all():
+            if value is not None and (value.dtype != np.float32 or not np.isfinite(value).all()):
                 raise ValueError(f"{name} must be finite float32, got {value.dtype} {list(value.shape)}")
         if (self.scale < 0).any():
             raise ValueError("scale must not be negative")
         rows, shape = len(self), self.scale.shape
         grouped = len(shape) == 2 and shape[0] == rows and shape[1] > 0 and self.dim % shape[1] == 0
-        if shape != self.zero.shape or not (shape in ((1,), (rows,)) or grouped):
+        zero_shape = shape if self.zero is None else self.zero.shape
+        if shape != zero_shape or not (shape in ((1,), (rows,)) or grouped):
             raise ValueError(
                 f"scale and zero must both be [1], [{rows}] or [{rows}, groups] with groups dividing {self.dim}, "
-                f"got {list(shape)} and {list(self.zero.shape)}"
+                f"got {list(shape)} and {list(zero_shape)}"
             )
 
     def __len__(self) -> int:
@@ -124,15 +125,27 @@ class CodeTable:
 
     @property
     def row_bytes(self) -> float:
-        """Bytes of one row in use: its codes and its share of scales and zeros."""
-        return int(self.packed.shape[1]) + float(self.scale.nbytes + self.zero.nbytes) / max(1, len(self))
+        """Bytes of one row in use: its codes and its share of scales, and of zeros unless symmetric."""
+        stored = self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
+        return int(self.packed.shape[1]) + float(stored) / max(1, len(self))
+
+    def zero_of(self, pick: Ints | slice) -> Floats:
+        """The value of code 0, for some of the scales: stored, or rounded as `codecs.uniform.symmetric_zero` does it.
+
+        Example:
+            >>> CodeTable(np.zeros((1, 1), np.uint8), np.array([2], np.float32), None, bits=2, dim=4).zero_of(slice(1))
+            array([-3.], dtype=float32)
+        """
+        if self.zero is not None:
+            return np.asarray(self.zero[pick])
+        return np.asarray(self.scale[pick]) * np.float32(-(2**self.bits - 1) / 2)
 
     @cached_property
     def largest(self) -> float:
         """A bound of what any code can stand for, in absolute value."""
         if not self.scale.size:
             return 0.0
-        return float((np.abs(self.zero) + self.scale * np.float32(2**self.bits - 1)).max())
+        return float((np.abs(self.zero_of(slice(None))) + self.scale * np.float32(2**self.bits - 1)).max())
 
     def decode(self, rows: Ints | slice) -> Floats:
         """The values of some rows, rounded as `QuantizedTable.decode` rounds them.
@@ -147,11 +160,11 @@ class CodeTable:
         if self.scale.ndim == 1:
             pick = slice(None) if self.scale.size == 1 else rows
             codes *= np.asarray(self.scale[pick])[:, None]
-            codes += np.asarray(self.zero[pick])[:, None]
+            codes += self.zero_of(pick)[:, None]
             return codes
         grouped = codes.reshape(len(codes), self.scale.shape[1], -1)
         grouped *= np.asarray(self.scale[rows])[:, :, None]
-        grouped += np.asarray(self.zero[rows])[:, :, None]
+        grouped += self.zero_of(rows)[:, :, None]
         return grouped.reshape(codes.shape)
 
     def exact(self, vectors: Floats, row: Ints, item: Ints) -> Floats:
@@ -201,7 +214,7 @@ class CodeTable:
         assert scores is not None
         pick = slice(None) if self.scale.size == 1 else slice(start, stop)
         scores *= self.scale[pick]
-        scores += vectors.sum(axis=1, dtype=np.float64).astype(np.float32)[:, None] * self.zero[pick]
+        scores += vectors.sum(axis=1, dtype=np.float64).astype(np.float32)[:, None] * self.zero_of(pick)
         return scores
 
     def tolerance(self, vectors: Floats) -> Doubles:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.codecs.packing import check_bits, packed_size
-from lightning_tinykg.codecs.uniform import affine
+from lightning_tinykg.codecs.uniform import affine, symmetric_zero
 
 __all__ = ["Granularity", "QuantizedTable"]
 
@@ -24,7 +24,8 @@ class QuantizedTable:
         codes: uint8 `[n, d]`, values in `0 .. 2**bits - 1`; not packed.
         scale: float32, the size of one quantization step: `[1]` for the table, `[n]` for each node, or `[n, d / group]`
             for each group of neighbouring dimensions.
-        zero: float32, the value of code 0; the shape of `scale`.
+        zero: float32, the value of code 0, in the shape of `scale`. `None`: the levels lie symmetrically around 0, so
+            that it follows from the scale (see `symmetric_zero`) and is not stored.
         bits: 1, 2, 4 or 8.
 
     Raises:
@@ -39,11 +40,13 @@ class QuantizedTable:
                 [ 2.,  4.]])
         >>> table.granularity, table.nbytes
         ('node', 18)
+        >>> QuantizedTable(codes, scale=torch.tensor([1.0, 2.0]), zero=None, bits=2).nbytes
+        10
     """
 
     codes: Tensor
     scale: Tensor
-    zero: Tensor
+    zero: Tensor | None
     bits: int
 
     def __post_init__(self) -> None:
@@ -53,9 +56,9 @@ class QuantizedTable:
         if self.codes.dim() != 2:
             raise ValueError(f"codes must be a matrix [n, d], got shape {tuple(self.codes.shape)}")
         for name, value in (("scale", self.scale), ("zero", self.zero)):
-            if value.dtype != torch.float32:
+            if value is not None and value.dtype != torch.float32:
                 raise TypeError(f"{name} must be float32, got {value.dtype}")
-        if self.scale.shape != self.zero.shape:
+        if self.zero is not None and self.scale.shape != self.zero.shape:
             raise ValueError(
                 f"scale and zero must have one shape, got {tuple(self.scale.shape)} and {tuple(self.zero.shape)}"
             )
@@ -87,13 +90,15 @@ class QuantizedTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes as stored: each row's codes packed to whole bytes, the scales, and the zeros."""
+        """Bytes as stored: each row's codes packed to whole bytes, the scales, and the zeros unless symmetric."""
         rows, dim = self.codes.shape
-        return rows * packed_size(dim, self.bits) + 2 * self.scale.numel() * self.scale.element_size()
+        stored = self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
+        return rows * packed_size(dim, self.bits) + stored
 
     def decode(self) -> Tensor:
         """The values the codes stand for, float32 `[n, d]`."""
-        return affine(self.codes.to(torch.float32), self.scale, self.zero)
+        zero = symmetric_zero(self.scale, self.bits) if self.zero is None else self.zero
+        return affine(self.codes.to(torch.float32), self.scale, zero)
 
     def __repr__(self) -> str:
         rows, dim = self.codes.shape

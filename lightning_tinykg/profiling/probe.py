@@ -240,7 +240,9 @@ def _borrowed(trainer: Trainer, callback: Callback) -> Iterator[None]:
 def _batches(trainer: Trainer, module: LightningModule, first: Any) -> Iterator[Any]:
     """The epoch's batches on the device, the first of which is there already."""
     yield first
-    while (fetched := next(trainer.fit_loop._data_fetcher, None)) is not None:  # type: ignore[arg-type]
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None  # it is there as long as the fit
+    while (fetched := next(fetcher, None)) is not None:
         batch = trainer.precision_plugin.convert_input(fetched[0])
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)

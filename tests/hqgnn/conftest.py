@@ -1,21 +1,10 @@
-"""A small data set, quiet Trainers, and one thread, so that sums repeat to the last bit."""
+"""A small data set, and quiet Trainers."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from lightning_tinykg.data import KGRecDataModule
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

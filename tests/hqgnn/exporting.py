@@ -23,13 +23,11 @@ def table(
     codes = torch.randint(0, 2**bits, (rows, dim), generator=draw, dtype=torch.uint8)
     shape = {"table": (1,), "node": (rows,), "group": (rows, dim // 4 if dim % 4 == 0 else 1)}[granularity]
     scale = torch.exp(0.5 * torch.randn(shape, generator=draw)) / 2**bits
-    zero = scale * (-(2**bits - 1) / 2)
-    if not symmetric:
-        zero = zero + 0.2 * scale * torch.randn(shape, generator=draw)
+    zero = scale * (0.2 * torch.randn(shape, generator=draw) - (2**bits - 1) / 2)
     for part in (codes, scale, zero):
         if len(part) == rows:
             part[10::10] = part[9:-1:10]
-    return QuantizedTable(codes, scale, zero, bits)
+    return QuantizedTable(codes, scale, None if symmetric else zero, bits)
 
 
 def vectors(rows: int, dim: int, seed: int = 1) -> Tensor:

@@ -120,28 +120,58 @@ def test_what_cannot_be_exported(run: tuple[HQGNN, KGRecDataModule, Path], tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """The run's model and data in YAML, for a Trainer of another kind."""
+    encoder = {"class_path": "lightning_tinykg.LightGCN", "init_args": {"dim": 16, "num_layers": 2}}
+    content = {
+        "trainer": {"accelerator": "cpu", "max_epochs": 3, "devices": 1, "enable_checkpointing": False, **QUIET},
+        "model": {"class_path": "lightning_tinykg.HQGNN", "init_args": {"encoder": encoder, "bits": 4}},
+        "data": {"class_path": "lightning_tinykg.KGRecDataModule", "init_args": {"root": "synthetic:2000"}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    return str(tmp_path / "run.yaml")
+
+
 def test_export_and_recommend_on_the_command_line(
-    run: tuple[HQGNN, KGRecDataModule, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: tuple[HQGNN, KGRecDataModule, Path], config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("jsonargparse")
     from lightning_tinykg.__main__ import main
 
     module, data, checkpoint = run
-    encoder = {"class_path": "lightning_tinykg.LightGCN", "init_args": {"dim": 16, "num_layers": 2}}
-    config = {
-        "trainer": {"accelerator": "cpu", "max_epochs": 3, "devices": 4, "enable_checkpointing": False, **QUIET},
-        "model": {"class_path": "lightning_tinykg.HQGNN", "init_args": {"encoder": encoder, "bits": 4}},
-        "data": {"class_path": "lightning_tinykg.KGRecDataModule", "init_args": {"root": "synthetic:2000"}},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     out = str(tmp_path / "out")
-    main(["export", f"--config={tmp_path / 'run.yaml'}", f"--ckpt_path={checkpoint}", f"--out={out}"])
+    main(["export", f"--config={config}", "--trainer.devices=4", f"--ckpt_path={checkpoint}", f"--out={out}"])
     shown = capsys.readouterr().out
     assert "4 bits per node" in shown
     assert f"Written to {out}/" in shown
     assert_same(LowBitIndex.load(out), module, data.num_users)
     main(["recommend", "--index", out, "--users", "3", "--json"])
     assert len(json.loads(capsys.readouterr().out)["items"]) == 20
+
+
+def test_a_checkpoint_is_tested_on_the_command_line(run: tuple[HQGNN, KGRecDataModule, Path], config: str) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning_tinykg.cli import TinyKGCLI
+
+    module, _, checkpoint = run
+    cli = TinyKGCLI(args=["test", f"--config={config}", f"--ckpt_path={checkpoint}"])
+    torch.testing.assert_close(cli.model.state_dict(), module.state_dict(), rtol=0, atol=0)
+    trainer = L.Trainer(accelerator="cpu", devices=1, enable_checkpointing=False, **QUIET)
+    (wanted,) = trainer.test(module, KGRecDataModule("synthetic:2000"), verbose=False)
+    assert {name: float(value) for name, value in cli.trainer.callback_metrics.items()} == pytest.approx(wanted)
+
+
+def test_a_checkpoint_of_the_command_line_says_what_it_is_made_of(config: str, tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning_tinykg.cli import TinyKGCLI
+
+    cli = TinyKGCLI(args=["fit", f"--config={config}", "--trainer.max_epochs=1"])
+    cli.trainer.save_checkpoint(tmp_path / "cli.ckpt")
+    loaded = HQGNN.load_from_checkpoint(tmp_path / "cli.ckpt")
+    assert isinstance(loaded.encoder, LightGCN)
+    torch.testing.assert_close(loaded.state_dict(), cli.model.state_dict(), rtol=0, atol=0)
+    TinyKGCLI(args=["test", f"--config={config}", f"--ckpt_path={tmp_path / 'cli.ckpt'}"])
 
 
 def test_recommend_imports_no_torch(folder: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from exporting import nothing_seen, seen_by, table, vectors, write
 from safetensors.numpy import load_file, save_file
 
+from lightning_tinykg.codecs.uniform import symmetric_zero
 from lightning_tinykg.data import KGRecDataModule
 from lightning_tinykg.hqgnn import HQGNN, QuantizedTable
 from lightning_tinykg.hqgnn import export as export_file
@@ -60,7 +61,7 @@ def test_the_card_says_what_it_is(tmp_path: Path) -> None:
         settings={"bits": 2, "encoder": torch.nn.Identity(), "k": [20, 50]},
     )
     card = card_of(folder)
-    known = {"dataset": "music", "bits": 2, "granularity": "node", "dim": 16, "users": "float32", "version": 1}
+    known = {"dataset": "music", "bits": 2, "granularity": "node", "dim": 16, "users": "float32", "version": 2}
     assert known.items() <= card.items()
     assert (card["num_users"], card["num_items"], card["num_seen"]) == (3, 40, 3)
     assert card["bytes_per_item"] == items.nbytes / 40 == 12
@@ -180,6 +181,35 @@ def test_codes_that_faiss_cannot_hold(tmp_path: Path) -> None:
         write(tmp_path / "out", table(300, 16, 4, "group"), faiss=True)
 
 
+@pytest.mark.parametrize("granularity", ["table", "node", "group"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_of_symmetric_levels_only_the_scales_are_stored(tmp_path: Path, bits: int, granularity: str) -> None:
+    items, users = (table(n, 16, bits, granularity, symmetric=True) for n in (300, 4))
+    folder = write(tmp_path / "out", items, users)
+    for name in ("items", "users"):
+        assert set(load_file(folder / f"{name}.safetensors")) == {"codes", "scale"}
+    index = LowBitIndex.load(folder)
+    assert index.bytes_per_item == items.nbytes / 300
+    zero = symmetric_zero(items.scale, bits)
+    stored = LowBitIndex.load(write(tmp_path / "stored", QuantizedTable(items.codes, items.scale, zero, bits), users))
+    for found, wanted in zip(index.recommend(range(4)), stored.recommend(range(4)), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_an_export_of_the_first_version_is_read(folder: Path) -> None:
+    """It has a zero for every scale, and one without is broken."""
+    wanted = LowBitIndex.load(folder).recommend(range(5))
+    put_card(folder, version=1)
+    for found, expected in zip(LowBitIndex.load(folder).recommend(range(5)), wanted, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    stored = load_file(folder / "items.safetensors")
+    del stored["zero"]
+    save_file(stored, folder / "items.safetensors", metadata={"content": card_of(folder)["content"]})
+    put_card(folder)
+    with pytest.raises(ExportError, match=r"items.safetensors: has no tensor 'zero'"):
+        LowBitIndex.load(folder)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +325,7 @@ def test_what_is_no_export_is_refused(folder: Path, tmp_path: Path) -> None:
         ("{", "card.json: corrupt: no JSON"),
         ("[1]", "card.json: of something else"),
         (json.dumps(card | {"format": "pickle"}), "its format is not 'lightning_tinykg.lowbit'"),
-        (json.dumps(card | {"version": 2}), "of format version 2, this release reads version 1"),
+        (json.dumps(card | {"version": 3}), "of format version 3, this release reads versions 1 and 2"),
     ):
         (folder / "card.json").write_text(content)
         with pytest.raises(ExportError, match=message):

@@ -147,3 +147,13 @@ def test_bytes_of_a_table_are_those_of_packed_rows_and_both_scales() -> None:
         scale = torch.ones(shape)
         assert QuantizedTable(codes, scale, scale, 1).nbytes == 3 * 2 + count * 8
         assert QuantizedTable(codes, scale, scale, 4).nbytes == 3 * 6 + count * 8
+        assert QuantizedTable(codes, scale, None, 4).nbytes == 3 * 6 + count * 4
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_symmetric_table_needs_no_zero(bits: int) -> None:
+    codes = torch.arange(2**bits, dtype=torch.uint8).repeat(50, 1)
+    scale = torch.rand(50, generator=torch.Generator().manual_seed(bits))
+    found = QuantizedTable(codes, scale, None, bits).decode()
+    assert torch.equal(found, QuantizedTable(codes, scale, symmetric_zero(scale, bits), bits).decode())
+    torch.testing.assert_close(found, -found.flip(1))

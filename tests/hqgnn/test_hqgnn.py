@@ -354,7 +354,7 @@ def test_a_test_ranks_other_widths_beside_it(make_data: Any, quiet: dict[str, An
     assert sizes == sorted(set(sizes))
     users, items = data.num_users, data.num_items
     assert points["fp32"].nbytes == (users + items) * 16 * 4
-    assert points["ptq 2 bits"].nbytes == users * 16 * 4 + items * (4 + 8)
+    assert points["ptq 2 bits"].nbytes == users * 16 * 4 + items * (4 + 4)
 
 
 def test_another_loss_by_hutchinson(make_data: Any, quiet: dict[str, Any]) -> None:

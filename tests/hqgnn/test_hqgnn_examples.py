@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
     monkeypatch.setenv("COLUMNS", "200")  # or the table is folded
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend((EXAMPLES / script).parent)  # as Python does with a script's folder
     runpy.run_path(str(EXAMPLES / script))["main"]()
 
 

@@ -27,7 +27,8 @@ BACKENDS = ["numpy", pytest.param("faiss", marks=needs_faiss)]
 
 def packed(items: QuantizedTable) -> CodeTable:
     codes = pack_rows(items.codes.numpy(), items.bits)
-    return CodeTable(codes, items.scale.numpy(), items.zero.numpy(), items.bits, items.codes.size(1))
+    zero = None if items.zero is None else items.zero.numpy()
+    return CodeTable(codes, items.scale.numpy(), zero, items.bits, items.codes.size(1))
 
 
 def load(folder: Path, items: QuantizedTable, backend: Any = "numpy", **options: Any) -> LowBitIndex:
@@ -42,8 +43,9 @@ def assert_best(found: Any, wanted: Any) -> None:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dim", [7, 64])
-def test_values_are_those_of_the_table_to_the_last_bit(dim: int, bits: int, granularity: str) -> None:
-    items = table(50, dim, bits, granularity)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_values_are_those_of_the_table_to_the_last_bit(symmetric: bool, dim: int, bits: int, granularity: str) -> None:
+    items = table(50, dim, bits, granularity, symmetric=symmetric)
     rows = packed(items).decode(np.array([49, 0, 10, 10]))
     np.testing.assert_array_equal(rows, items.decode()[[49, 0, 10, 10]].numpy())
     np.testing.assert_array_equal(packed(items).decode(slice(5, 9)), items.decode()[5:9].numpy())
@@ -148,6 +150,7 @@ def test_equal_scores_are_ordered_by_id(tmp_path: Path, backend: str, granularit
     rows = table(40, 16, 1, granularity)
     copies = torch.arange(4000) % 40
     scale = rows.scale if granularity == "table" else rows.scale[copies]
+    assert rows.zero is not None
     zero = rows.zero if granularity == "table" else rows.zero[copies]
     items = QuantizedTable(rows.codes[copies], scale, zero, 1)
     queries = vectors(3, 16)
@@ -208,6 +211,7 @@ def test_queries_of_any_size(tmp_path: Path, backend: str, bits: int) -> None:
 def test_items_whose_scale_is_zero(tmp_path: Path, backend: str, bits: int) -> None:
     items = table(1200, 16, bits, "node")
     items.scale[::3] = 0
+    assert items.zero is not None
     items.zero[::6] = 0
     queries = vectors(4, 16)
     assert_best(load(tmp_path, items, backend).search(queries.numpy(), 40), expected(queries, items, 40))

@@ -1,11 +1,9 @@
 """A graph small enough to reckon with by hand, and a data module small enough to train on."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch_geometric.data import HeteroData
 
 from lightning_tinykg.data import KGRecDataModule
@@ -20,16 +18,6 @@ def tiny() -> HeteroData:
     interactions = np.array([[0, 0, 1, 2, 2, 2], [0, 1, 1, 0, 1, 2]])
     triples = np.array([[0, 1, 2, 3], [0, 0, 1, 1], [4, 4, 5, 5]])
     return build_graph(interactions, triples, **SIZES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More threads add in any order, and sums would not repeat to the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
