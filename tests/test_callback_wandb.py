@@ -1,9 +1,6 @@
 """``TinyKGCallback`` with a ``WandbLogger``: curves, the ledger as a table and its plot, in an offline run."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from offline_runs import finished, records
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -44,14 +42,6 @@ class Idle(Small):
         return bias.sum()
 
 
-@pytest.fixture
-def logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbLogger]:
-    for name in ("DATA", "CACHE", "CONFIG"):
-        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
-    yield WandbLogger(project="tinykg", save_dir=tmp_path, mode="offline")
-    wandb.finish()  # else the next logger would go on with this run
-
-
 def fit(module: L.LightningModule, callback: L.Callback, logger: Any, **options: Any) -> None:
     L.Trainer(
         accelerator="cpu",
@@ -67,25 +57,10 @@ def fit(module: L.LightningModule, callback: L.Callback, logger: Any, **options:
     ).fit(module)
 
 
-def records(logger: WandbLogger) -> tuple[Path, list[dict[str, Any]]]:
-    """End the run; the folder of its files, and all that it recorded."""
-    files = Path(logger.experiment.dir)
-    wandb.finish()
-    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", files.parent]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return files, [json.loads(line) for line in output.splitlines()]
-
-
-def finished(logger: WandbLogger) -> tuple[Path, list[dict[str, Any]]]:
-    """End the run; the folder of its files, and the rows of its history."""
-    files, found = records(logger)
-    return files, [record["history"]["item"] for record in found if record["type"] == "history"]
-
-
-def test_curves_table_and_plot(logger: WandbLogger, tmp_path: Path) -> None:
+def test_curves_table_and_plot(wandb_logger: WandbLogger, tmp_path: Path) -> None:
     callback = TinyKGCallback(bits=2, summary=False)
-    fit(Small(), callback, [CSVLogger(tmp_path), logger])
-    files, rows = finished(logger)
+    fit(Small(), callback, [CSVLogger(tmp_path), wandb_logger])
+    files, rows = finished(wandb_logger)
 
     steps = [row for row in rows if set(row) >= CURVES]
     assert [row["trainer/global_step"] for row in steps] == [0, 1, 2]
@@ -106,14 +81,14 @@ def test_curves_table_and_plot(logger: WandbLogger, tmp_path: Path) -> None:
     assert (files / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_saved_nothing_to_send(logger: WandbLogger) -> None:
+def test_nothing_saved_nothing_to_send(wandb_logger: WandbLogger) -> None:
     """A fit must not fail in its last hook for want of rows."""
-    fit(Idle(), TinyKGCallback(bits=2, summary=False), logger)
+    fit(Idle(), TinyKGCallback(bits=2, summary=False), wandb_logger)
 
 
-def test_no_step_nothing_to_send(logger: WandbLogger) -> None:
-    fit(Small(), TinyKGCallback(bits=2, summary=False), logger, max_steps=0)
-    assert not (Path(logger.experiment.dir) / "media").exists()
+def test_no_step_nothing_to_send(wandb_logger: WandbLogger) -> None:
+    fit(Small(), TinyKGCallback(bits=2, summary=False), wandb_logger, max_steps=0)
+    assert not (Path(wandb_logger.experiment.dir) / "media").exists()
 
 
 def test_a_disabled_run(tmp_path: Path) -> None:
@@ -123,9 +98,9 @@ def test_a_disabled_run(tmp_path: Path) -> None:
         wandb.finish()
 
 
-def test_the_summary_has_the_largest_step(logger: WandbLogger) -> None:
-    fit(Small(), TinyKGCallback(bits=2, summary=False), logger)
-    _, found = records(logger)
+def test_the_summary_has_the_largest_step(wandb_logger: WandbLogger) -> None:
+    fit(Small(), TinyKGCallback(bits=2, summary=False), wandb_logger)
+    _, found = records(wandb_logger)
     metrics = {record["metric"].get("name"): record["metric"] for record in found if record["type"] == "metric"}
     for name in ("tinykg/raw_mib", "tinykg/stored_mib", "tinykg/peak_mib"):
         assert metrics[name]["summary"]["max"]
@@ -134,10 +109,10 @@ def test_the_summary_has_the_largest_step(logger: WandbLogger) -> None:
 
 
 @pytest.mark.parametrize("options", [{"bits": BitPlan({"net.0": 8}, default=2)}, {"budget": "50%"}])
-def test_the_plan_is_an_artifact(logger: WandbLogger, options: dict[str, Any]) -> None:
+def test_the_plan_is_an_artifact(wandb_logger: WandbLogger, options: dict[str, Any]) -> None:
     callback = TinyKGCallback(summary=False, **options)
-    fit(Small(), callback, logger)
-    _, found = records(logger)
+    fit(Small(), callback, wandb_logger)
+    _, found = records(wandb_logger)
     (artifact,) = [record["artifact"] for record in found if record["type"] == "artifact" and "bit" in str(record)]
     assert artifact["type"] == "bit-plan"
     assert artifact["name"] == "tinykg-plan"
@@ -145,7 +120,7 @@ def test_the_plan_is_an_artifact(logger: WandbLogger, options: dict[str, Any]) -
     assert [entry["path"] for entry in artifact["manifest"]["contents"]] == ["plan.yaml"]
 
 
-def test_one_width_is_no_plan(logger: WandbLogger) -> None:
-    fit(Small(), TinyKGCallback(bits=2, summary=False), logger)
-    _, found = records(logger)
+def test_one_width_is_no_plan(wandb_logger: WandbLogger) -> None:
+    fit(Small(), TinyKGCallback(bits=2, summary=False), wandb_logger)
+    _, found = records(wandb_logger)
     assert not [record for record in found if record["type"] == "artifact" and "bit-plan" in str(record)]

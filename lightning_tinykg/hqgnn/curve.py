@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
 from torch import Tensor
 from torch_geometric.metrics import LinkPredMetricCollection
 
 from lightning_tinykg.data.batches import RankingBatch
 from lightning_tinykg.models.functional import top_k
 
-__all__ = ["Point", "Rival", "define_best", "plot", "send_to_wandb"]
+__all__ = ["Point", "Rival", "plot"]
 
 
 @dataclass(frozen=True)
@@ -86,25 +85,3 @@ def plot(points: Sequence[Point], metric: str = "recall@20") -> Any:
     axes.margins(x=0.15, y=0.15)
     axes.grid(alpha=0.3)
     return figure
-
-
-def define_best(trainer: L.Trainer, names: Sequence[str]) -> None:
-    """Tell Weights & Biases, if it is there, that a run's summary has the best value of these, not the last."""
-    for logger in _wandb_loggers(trainer):
-        for name in names:
-            logger.experiment.define_metric(name, step_metric="trainer/global_step", summary="max")
-
-
-def send_to_wandb(trainer: L.Trainer, points: Sequence[Point], metric: str) -> None:
-    """Send the points as a table and as a picture, if there is a `WandbLogger`."""
-    for logger in _wandb_loggers(trainer):
-        names = list(points[0].metrics)
-        data = [[p.name, p.nbytes, p.nbytes / 2**20, *(p.metrics[name] for name in names)] for p in points]
-        logger.log_table("hqgnn/recall_against_bytes", columns=["embeddings", "bytes", "MiB", *names], data=data)
-        logger.log_image("hqgnn/recall_against_bytes_plot", [plot(points, metric)])
-
-
-def _wandb_loggers(trainer: L.Trainer) -> list[Any]:
-    from lightning.pytorch.loggers import WandbLogger
-
-    return [x for x in trainer.loggers if isinstance(x, WandbLogger)] if trainer.is_global_zero else []

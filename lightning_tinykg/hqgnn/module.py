@@ -16,13 +16,13 @@ from lightning_tinykg.bits.schedule import ConstantBits, Schedule, check_bits, f
 from lightning_tinykg.data.batches import BPRBatch
 from lightning_tinykg.hqgnn import encoders
 from lightning_tinykg.hqgnn.calibration import Calibration
-from lightning_tinykg.hqgnn.curve import define_best
 from lightning_tinykg.hqgnn.delta import DeltaRule, Hessian, step_sizes
 from lightning_tinykg.hqgnn.distillation import Teacher
 from lightning_tinykg.hqgnn.quantized import Estimator, QuantizedRanking
 from lightning_tinykg.hqgnn.quantizer import Clip, Quantizer
 from lightning_tinykg.hqgnn.rotation import Rotate, Rotation
 from lightning_tinykg.hqgnn.table import Granularity
+from lightning_tinykg.hqgnn.tracking import define_best
 from lightning_tinykg.models.base import SIZES, RankingModule
 from lightning_tinykg.models.functional import bpr_loss, half_squared_norm
 

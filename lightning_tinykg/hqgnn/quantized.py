@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from lightning_tinykg.bits.schedule import Schedule
 from lightning_tinykg.data.batches import RankingBatch
-from lightning_tinykg.hqgnn import encoders
-from lightning_tinykg.hqgnn.curve import Point, Rival, send_to_wandb
+from lightning_tinykg.hqgnn import encoders, tracking
+from lightning_tinykg.hqgnn.curve import Point, Rival
 from lightning_tinykg.hqgnn.delta import DeltaRule
 from lightning_tinykg.hqgnn.distillation import Teacher
 from lightning_tinykg.hqgnn.quantizer import Quantizer
@@ -187,6 +187,8 @@ class QuantizedRanking(RankingModule):
     def export(self, directory: str | Path, **options: Any) -> Any:
         """Write what a service needs to a folder: packed codes, ids, seen items, a card.
 
+        If the Trainer has a `WandbLogger`, the folder becomes an artifact of its run too, `hqgnn-index`.
+
         Args:
             directory: The folder.
             options: Those of `lightning_tinykg.hqgnn.index.export`.
@@ -196,7 +198,10 @@ class QuantizedRanking(RankingModule):
         """
         from lightning_tinykg.hqgnn.index import export
 
-        return export(self, directory, **options)
+        index = export(self, directory, **options)
+        if self._trainer is not None:
+            tracking.send_index(self.trainer, Path(directory), index.card)
+        return index
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -256,4 +261,4 @@ class QuantizedRanking(RankingModule):
             rivals = [rival.point() for rival in self._rivals]
             self.points = (own, *(point for point in rivals if point.name != own.name))
             self._rivals = ()
-            send_to_wandb(self.trainer, self.points, next(iter(found)))
+            tracking.send_curve(self.trainer, self.points, next(iter(found)))

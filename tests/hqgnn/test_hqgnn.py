@@ -415,31 +415,44 @@ def test_an_encoder_that_returns_something_else_is_told_so(make_data: Any) -> No
         HQGNN(LightGCN()).tables()
 
 
-def test_weights_and_biases_gets_the_best_recall_and_the_picture(
-    make_data: Any, quiet: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_of_weights_and_biases_holds_curves_picture_and_index(
+    make_data: Any, quiet: dict[str, Any], tmp_path: Path, wandb_logger: Any
 ) -> None:
-    wandb = pytest.importorskip("wandb")
-    from lightning.pytorch.loggers import WandbLogger
+    from offline_runs import records
 
-    for name in ("DATA", "CACHE", "CONFIG"):
-        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
-    logger = WandbLogger(project="hqgnn", save_dir=tmp_path, mode="offline")
-    try:
-        data = make_data()
-        model = HQGNN(LightGCN(dim=16), bits=2, compare=(32, 4))
-        trainer = fit(model, data, quiet | {"logger": logger, "log_every_n_steps": 1}, max_epochs=3)
-        trainer.test(model, data, verbose=False)
-        files = Path(logger.experiment.dir)
-        summary = dict(logger.experiment.summary)
-        assert "max" in dict(summary["val/recall@20"])
-        (table,) = (files / "media" / "table" / "hqgnn").glob("recall_against_bytes*.json")
-        content = json.loads(table.read_text())
-        assert content["columns"][:4] == ["embeddings", "bytes", "MiB", "recall@20"]
-        assert [row[0] for row in content["data"]] == ["gste 2 bits", "fp32", "ptq 4 bits"]
-        (image,) = (files / "media" / "images" / "hqgnn").glob("recall_against_bytes_plot*.png")
-        assert image.read_bytes().startswith(b"\x89PNG")
-    finally:
-        wandb.finish()
+    data = make_data()
+    model = HQGNN(LightGCN(dim=16), bits=2, compare=(32, 4))
+    trainer = fit(model, data, quiet | {"logger": wandb_logger, "log_every_n_steps": 1}, max_epochs=3)
+    trainer.test(model, data, verbose=False)
+    index = model.export(tmp_path / "index", faiss=False)
+    delta, best = float(model.delta_rule.delta), trainer.callback_metrics["hqgnn/embedding_mib"]
+    summary = dict(wandb_logger.experiment.summary)
+    files, found = records(wandb_logger)
+
+    rows = [record["history"]["item"] for record in found if record["type"] == "history"]
+    curves = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
+    steps = len(curves["train/loss"])
+    assert steps == trainer.global_step
+    for name in ("hqgnn/delta", "hqgnn/trace", "hqgnn/clip", "hqgnn/bits"):
+        assert len(curves[name]) == steps, name
+    assert curves["hqgnn/delta"][-1] == pytest.approx(delta)
+    assert min(curves["hqgnn/delta"]) >= 0
+    assert len(curves["val/recall@20"]) == 3
+    assert summary["val/recall@20"]["max"] == pytest.approx(max(curves["val/recall@20"]))
+    assert curves["hqgnn/embedding_mib"][-1] == pytest.approx(float(best))
+
+    (table,) = (files / "media" / "table" / "hqgnn").glob("recall_against_bytes*.json")
+    content = json.loads(table.read_text())
+    assert content["columns"][:4] == ["embeddings", "bytes", "MiB", "recall@20"]
+    assert [row[0] for row in content["data"]] == ["gste 2 bits", "fp32", "ptq 4 bits"]
+    (image,) = (files / "media" / "images" / "hqgnn").glob("recall_against_bytes_plot*.png")
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+    (artifact,) = [r["artifact"] for r in found if r["type"] == "artifact" and r["artifact"]["name"] == "hqgnn-index"]
+    assert artifact["type"] == "low-bit-index"
+    assert json.loads(artifact["metadata"])["checksum"] == index.card["checksum"]
+    sent = {entry["path"] for entry in artifact["manifest"]["contents"]}
+    assert sent == {path.name for path in (tmp_path / "index").iterdir()}
 
 
 def test_a_batch_of_something_else_goes_to_the_encoder(make_data: Any) -> None:
