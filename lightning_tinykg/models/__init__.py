@@ -2,7 +2,10 @@
 
 from lightning_tinykg.models.base import RankingModule
 from lightning_tinykg.models.kgat import KGAT
+from lightning_tinykg.models.kgcn import KGCN
+from lightning_tinykg.models.kgnnls import KGNNLS
 from lightning_tinykg.models.lightgcn import LightGCN
+from lightning_tinykg.models.pairs import PairModule
 from lightning_tinykg.models.popular import MostPopular
 
-__all__ = ["KGAT", "LightGCN", "MostPopular", "RankingModule"]
+__all__ = ["KGAT", "KGCN", "KGNNLS", "LightGCN", "MostPopular", "PairModule", "RankingModule"]
