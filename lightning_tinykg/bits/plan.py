@@ -144,7 +144,7 @@ class BitPlan:
         Example:
             >>> BitPlan({"haed": 32}).check([("head", "Mm.self", "0"), ("layers.0", "Mm.self", "0")])
             Traceback (most recent call last):
-            ValueError: these entries of the plan match nothing: haed (nearest: head / Mm.self / 0)
+            ValueError: these entries of the plan match nothing: haed (nearest: head)
         """
         known = [Place(*place) for place in places]
         idle = [entry for entry in self.entries if not any(entry.matches(place) for place in known)]
@@ -262,7 +262,9 @@ def _and_all_around(layer: str) -> Iterable[str]:
 
 
 def _nearest(pattern: Place, known: Sequence[Place]) -> str:
-    names = {str(place): place for place in known}
+    # compared, and named, by what the entry says of a place
+    asked = [at for at, part in enumerate(pattern) if part not in ("", "*")]
+    names = [" / ".join(place[at] for at in asked) for place in known]
     near = difflib.get_close_matches(str(pattern), names, n=1, cutoff=0.0)
     return f" (nearest: {near[0]})" if near else ""
 

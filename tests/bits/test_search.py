@@ -1,0 +1,468 @@
+"""The search for bits, on accuracies that are formulas: what it finds, and that it repeats itself."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lightning_tinykg.bits import BitPlan
+from lightning_tinykg.bits.front import Front, NothingWithin, Trial, allowed_drop
+from lightning_tinykg.bits.measuring import TrialFile
+from lightning_tinykg.bits.predicting import ModelMissing
+from lightning_tinykg.bits.search import AutoBitSelector, SearchFailed, random_search
+from lightning_tinykg.bits.space import Choice, SearchSpace
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 8, 16)
+PLACES = [
+    (f"convs.{n}", part, f"degree-{b}") for n in range(2) for part in ("attention", "embedding") for b in range(3)
+]
+SPACE = SearchSpace(dict.fromkeys(PLACES, WIDTHS))
+
+
+def bits_of(plan: BitPlan) -> Choice:
+    return tuple(entry.bits for entry in plan.entries)  # type: ignore[misc]  # no schedules here
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Entries of very different sizes and sensitivities, whose errors add up and multiply; noise of each plan's own."""
+
+    seed: int = 0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng((17, self.seed))
+        count = len(PLACES)
+        weights, sizes = np.exp(rng.normal(0, 1.2, (2, count)))
+        object.__setattr__(self, "weights", 2 * weights / weights.sum())
+        object.__setattr__(self, "sizes", sizes / sizes.sum())
+        object.__setattr__(self, "pairs", np.triu(rng.random((count, count)) < 0.2, 1) * 0.3)
+
+    def true(self, plan: BitPlan) -> float:
+        error = self.weights * 4.0 ** (1 - np.array(bits_of(plan), dtype=float))
+        damage = error.sum() + np.sqrt(error) @ self.pairs @ np.sqrt(error)
+        return float(0.2 + 0.6 * math.exp(-damage))
+
+    def __call__(self, plan: BitPlan, repeat: int = 0) -> float:
+        rng = np.random.default_rng((self.seed, repeat, *bits_of(plan)))
+        return self.true(plan) + self.noise * rng.normal()
+
+    def bytes_of(self, plan: BitPlan) -> int:
+        return int(1e6 * (self.sizes * np.array(bits_of(plan))).sum() / 8) + 8 * len(PLACES)
+
+
+def selector(measure: Any = None, **options: Any) -> AutoBitSelector:
+    landscape = measure if isinstance(measure, Landscape) else Landscape()
+    small = {"measurements": 16, "rounds": 2, "per_round": 4, "samples": 200, "model": "tree", "progress": False}
+    return AutoBitSelector(SPACE, measure or landscape, landscape.bytes_of, **{**small, **options})
+
+
+def seen(front: Front) -> list[tuple[BitPlan, int, tuple[float, ...], str | None]]:
+    """All of a front but the time it took."""
+    return [(trial.plan, trial.nbytes, trial.accuracies, trial.error) for trial in front.trials]
+
+
+# -- what it finds ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["forest", "tree"])
+def test_smaller_than_the_best_of_one_width(model: Any) -> None:
+    shares = []
+    for seed in range(2):
+        landscape = Landscape(seed)
+        search = AutoBitSelector(
+            SPACE, landscape, landscape.bytes_of, seed=seed, samples=600, model=model, progress=False
+        )
+        found = search.run().smallest_within()
+        bound = landscape.true(SPACE.plan(SPACE.widest)) - 0.005
+        assert landscape.true(found.plan) >= bound
+        uniform = [SPACE.plan(choice) for choice in SPACE.uniform()]
+        shares.append(found.nbytes / min(landscape.bytes_of(plan) for plan in uniform if landscape.true(plan) >= bound))
+    assert np.mean(shares) < 0.9
+
+
+@pytest.mark.parametrize("model", ["tree", pytest.param("forest", marks=pytest.mark.slow)])
+def test_beats_random_search_at_equal_measurements(model: Any) -> None:
+    """Over five landscapes with noise, for either target."""
+    sizes, accuracies = [], []
+    for seed in range(5):
+        landscape = Landscape(seed, noise=0.001)
+        common: dict[str, Any] = {"seed": seed, "progress": False}
+        abs_options = {"measurements": 40, "rounds": 4, "per_round": 10, "samples": 600, "model": model, **common}
+        blind = random_search(SPACE, landscape, landscape.bytes_of, measurements=80, **common)
+        guided = AutoBitSelector(SPACE, landscape, landscape.bytes_of, **abs_options).run()
+        assert len(guided.trials) == len(blind.trials) == 80
+        assert [trial.plan for trial in guided.trials[:40]] == [trial.plan for trial in blind.trials[:40]]
+        sizes.append(math.log(guided.smallest_within().nbytes / blind.smallest_within().nbytes))
+        within = AutoBitSelector(SPACE, landscape, landscape.bytes_of, budget="15%", **abs_options).run()
+        best = within.best_within("15%")
+        assert best.nbytes <= 0.15 * within.full_bytes
+        accuracies.append(landscape.true(best.plan) - landscape.true(blind.best_within("15%").plan))
+    assert np.mean(sizes) < 0
+    assert np.mean(accuracies) > 0
+
+
+def test_a_small_space_is_measured_whole_and_its_front_is_right() -> None:
+    space = SearchSpace(dict.fromkeys(("a", "b", "c"), (1, 2, 4)))
+
+    def accuracy(plan: BitPlan) -> float:
+        a, b, c = bits_of(plan)
+        return round(1 - 0.3 / a**2 - 0.1 / b**2 - 0.02 / (b * c), 2)  # rounded, so that some are equal
+
+    def bytes_of(plan: BitPlan) -> int:
+        a, b, c = bits_of(plan)
+        return 5 * a + 5 * b + c
+
+    front = AutoBitSelector(space, accuracy, bytes_of, progress=False, measurements=10, per_round=5).run()
+    assert {bits_of(trial.plan) for trial in front.trials} == set(space.all())
+    assert len(front.trials) == space.size
+    everything = [(bytes_of(plan), accuracy(plan)) for plan in map(space.plan, space.all())]
+    undominated = {
+        (size, value)
+        for size, value in everything
+        if not any(s <= size and v >= value and (s, v) != (size, value) for s, v in everything)
+    }
+    assert [(point.nbytes, point.accuracy) for point in front.points] == sorted(undominated)
+    best = max(value for size, value in everything if size <= 30)
+    assert front.best_within(30).accuracy == best
+    reference = accuracy(space.plan(space.widest))
+    assert front.smallest_within(0.05).nbytes == min(s for s, v in everything if v >= reference - 0.05 - 1e-9)
+
+
+def test_one_entry() -> None:
+    space = SearchSpace({"a": (2, 4, 8)})
+    front = AutoBitSelector(space, lambda plan: 1.0, lambda plan: bits_of(plan)[0], progress=False).run()
+    assert [trial.nbytes for trial in front.trials] == [8, 4, 2]
+    assert front.smallest_within().nbytes == 2
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.005, "0.5%"])
+def test_no_plan_but_the_widest_is_accurate_enough(tolerance: Any) -> None:
+    widest = SPACE.plan(SPACE.widest)
+    front = selector(lambda plan: 0.9 if plan == widest else 0.1, tolerance=tolerance).run()
+    assert front.smallest_within().plan == widest
+
+
+# -- it repeats itself -----------------------------------------------------------------------------------------------
+
+
+class Interrupted:
+    """A landscape that is interrupted at its n-th plan, and counts."""
+
+    def __init__(self, at: float = math.inf) -> None:
+        self.calls, self.at = 0, at
+
+    def __call__(self, plan: BitPlan) -> float:
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return Landscape(noise=0.01)(plan)
+
+
+def test_the_same_seed_the_same_plans() -> None:
+    assert seen(selector().run()) == seen(selector().run())
+    assert seen(selector(seed=1).run()) != seen(selector().run())
+
+
+@pytest.mark.parametrize("at", [1, 5, 18, 24])
+def test_going_on_after_an_interruption_is_as_if_there_were_none(tmp_path: Path, at: int) -> None:
+    path = tmp_path / "runs" / "abs.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        selector(Interrupted(at), path=path).run()
+    with path.open("a") as file:
+        file.write('{"plan": {"default": 32, "ent')  # cut off while it was written
+    rest = Interrupted()
+    resumed = selector(rest, path=path).run()
+    assert rest.calls == 24 - (at - 1)
+    assert seen(resumed) == seen(selector(Interrupted()).run())
+    nothing = Interrupted(1)
+    assert seen(selector(nothing, path=path).run()) == seen(resumed)
+    assert nothing.calls == 0
+
+
+def test_a_finished_search_goes_on_with_more_rounds(tmp_path: Path) -> None:
+    path = tmp_path / "abs.jsonl"
+    selector(Interrupted(), path=path).run()
+    more = Interrupted()
+    longer = selector(more, path=path, rounds=4).run()
+    assert more.calls == 8
+    assert seen(longer) == seen(selector(Interrupted(), rounds=4).run())
+
+
+def test_repeats_are_told_apart_and_averaged() -> None:
+    landscape = Landscape(noise=0.01)
+    front = selector(landscape, repeats=3, measurements=8, rounds=0).run()
+    for measured in front.trials:
+        assert measured.accuracies == tuple(landscape(measured.plan, repeat) for repeat in range(3))
+        assert measured.accuracy == pytest.approx(np.mean(measured.accuracies), rel=1e-12)
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    options = {"repeats": 2, "measurements": 10, "rounds": 1}
+    landscape = Landscape(noise=0.01)
+    side_by_side = selector(landscape, workers=2, path=tmp_path / "abs.jsonl", **options).run()
+    assert seen(side_by_side) == seen(selector(landscape, **options).run())
+    assert seen(selector(landscape, path=tmp_path / "abs.jsonl", **options).run()) == seen(side_by_side)
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+def dies_at_one_bit(plan: BitPlan) -> float:
+    if set(bits_of(plan)) == {1}:
+        os._exit(3)
+    return Landscape()(plan)
+
+
+def test_a_worker_that_dies_costs_its_plan_only() -> None:
+    front = selector(dies_at_one_bit, workers=2, measurements=8, rounds=0).run()
+    (failure,) = front.failures
+    assert set(bits_of(failure.plan)) == {1}
+    assert failure.error is not None
+    assert "the process died" in failure.error
+    assert len(front.trials) == 8
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "raise"])
+def test_failures_are_kept_and_the_search_goes_on(tmp_path: Path, bad: Any) -> None:
+    def measure(plan: BitPlan) -> float:
+        if 1 in bits_of(plan):
+            if bad == "raise":
+                raise FloatingPointError("the loss is gone")
+            return float(bad)
+        return Landscape()(plan)
+
+    front = selector(measure, path=tmp_path / "abs.jsonl").run()
+    assert len(front.trials) == 24
+    assert {1 in bits_of(trial.plan) for trial in front.failures} == {True}
+    assert not any(1 in bits_of(plan) for plan in front.plans)
+    expected = "FloatingPointError: the loss is gone" if bad == "raise" else "accuracy must be finite"
+    assert all(expected in str(trial.error) for trial in front.failures)
+    assert f"{len(front.failures)} could not be measured" in str(front)
+    again = selector(Interrupted(1), path=tmp_path / "abs.jsonl").run()  # failures are results too
+    assert seen(again) == seen(front)
+
+
+def test_when_all_fail_it_says_why() -> None:
+    def measure(plan: BitPlan) -> float:
+        raise RuntimeError("no such file: cora")
+
+    with pytest.raises(SearchFailed, match=r"none of 8 plans .* no such file: cora"):
+        selector(measure, reference=0.8).run()
+
+
+def test_without_full_precision_there_is_no_reference() -> None:
+    def measure(plan: BitPlan) -> float:
+        return math.nan if 16 in bits_of(plan) else 0.8
+
+    with pytest.raises(SearchFailed, match=r"the widest plan, .* or give reference"):
+        selector(measure).run()
+    assert selector(measure, reference=0.8).run().smallest_within().accuracy == 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"measurements": 0}, "measurements must be a whole number of at least 1, got 0"),
+        ({"rounds": -1}, "rounds must be a whole number of at least 0, got -1"),
+        ({"per_round": 2.5}, "per_round must be a whole number of at least 1, got 2.5"),
+        ({"workers": 0}, "workers must be a whole number of at least 1, got 0"),
+        ({"model": "net"}, "model must be one of forest, tree, got 'net'"),
+        ({"tolerance": -0.1}, "tolerance must be a number .*, at least 0, .* got -0.1"),
+        ({"tolerance": "0.005"}, "tolerance must be .* got '0.005'"),
+        ({"budget": "much"}, "budget must be bytes"),
+        ({"budget": 10}, "budget must be at least .* bytes, the narrowest plan's, got 10"),
+        ({"measure": lambda plan: 1.0, "repeats": 2}, "measure must take a plan and `repeat` with repeats=2"),
+        ({"measure": lambda: 1.0}, "measure must take a plan with repeats=1"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        selector(**options)
+
+
+def test_workers_need_what_can_be_pickled() -> None:
+    with pytest.raises(TypeError, match="measure must be picklable for workers=2"):
+        selector(lambda plan: 1.0, workers=2)
+
+
+def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.ensemble", None)
+    with pytest.raises(ModelMissing, match=r"pip install 'lightning-tinykg\[search\]'"):
+        selector()
+    assert selector(rounds=0).run().points  # random search predicts nothing
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed 0 and not 1"),
+        ({"name": "gat"}, "name '' and not 'gat'"),
+        ({"space": SearchSpace(dict.fromkeys(PLACES, (1, 16)))}, "entries"),
+        ({"bytes_of": lambda plan: 7}, "full_bytes"),
+    ],
+)
+def test_the_file_of_another_search_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {
+        "space": SPACE, "measure": Landscape(), "bytes_of": Landscape().bytes_of, "measurements": 8, "rounds": 0,
+        "path": tmp_path / "abs.jsonl", "progress": False,
+    }  # fmt: skip
+    AutoBitSelector(**options).run()
+    before = options["path"].read_text()
+    with pytest.raises(ValueError, match=f"path must be a new file or one of this search, got .*{message}"):
+        AutoBitSelector(**{**options, **change})
+    assert options["path"].read_text() == before
+
+
+def test_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "notes.txt"
+    for text in ("a note\n", "a note", '{"plan": 1}', '{"search": 3}\n', "[]\n"):
+        other.write_text(text)
+        with pytest.raises(ValueError, match=r"notes.txt is no file of a search"):
+            TrialFile(other, {"seed": 0})
+        assert other.read_text() == text
+    other.write_text(json.dumps({"search": {"seed": 0}}) + '\n{"plan": 3}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*notes.txt is no trial"):
+        TrialFile(other, {"seed": 0})
+
+
+# -- the space and the front -----------------------------------------------------------------------------------------
+
+
+def test_a_space_makes_plans_whose_last_match_decides() -> None:
+    space = SearchSpace({"convs": (4, 2), ("convs.1", "attention"): (8,), "head": (1, 32)}, default=16)
+    assert space.widths == ((2, 4), (8,), (1, 32))
+    plan = space.plan((2, 8, 32))
+    places = [("convs.0",), ("convs.1", "attention"), ("convs.1", "embedding"), ("head",), ("other",)]
+    assert [plan.bits_for(*place) for place in places] == [2, 8, 2, 32, 16]
+    assert space.uniform() == [(4, 8, 32), (2, 8, 32), (2, 8, 1)]
+
+
+def test_what_is_drawn_is_offered_and_small_plans_are_among_it() -> None:
+    space = SearchSpace({place: WIDTHS[number % 3 :] for number, place in enumerate(PLACES)})
+    rng = np.random.default_rng(0)
+    drawn = [space.draw(rng) for _ in range(400)]
+    drawn += [space.neighbour(drawn[n], rng) for n in range(400)]
+    drawn += [space.cross(drawn[n], drawn[n + 1], rng) for n in range(400)]
+    assert all(bits in widths for choice in drawn for bits, widths in zip(choice, space.widths, strict=True))
+    means = [np.mean(SPACE.draw(rng)) for _ in range(400)]
+    unrelated = SearchSpace({(f"layer-{n}", f"part-{n}", f"degree-{n}"): WIDTHS for n in range(12)})
+    mixed = [choice for choice in (unrelated.draw(rng) for _ in range(400)) if len(set(choice)) > 1]
+    assert any(max(choice) <= 3 for choice in mixed)
+    each_by_itself = rng.choice(WIDTHS, (400, len(PLACES))).mean(axis=1)
+    assert np.quantile(means, 0.1) < np.quantile(each_by_itself, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({}, "choices must have at least one entry, got none"),
+        ({"a": ()}, r"choices\['a'\] must be some widths, such as \(2, 4, 8\), got \(\)"),
+        ({"a": 4}, r"choices\['a'\] must be some widths, .* got 4"),
+        ({"a": (2, 3.5)}, "bits of a must be one of .* got 3.5"),
+        ({"a": (2, 9)}, "bits of a must be one of .* got 9"),
+    ],
+)
+def test_what_is_no_space(choices: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SearchSpace(choices)
+
+
+def trial(nbytes: int, accuracy: float) -> Trial:
+    return Trial(BitPlan(default=8), nbytes, 8.0, (accuracy,), 0.5)
+
+
+FRONT = Front([trial(100, 0.70), trial(400, 0.80), trial(300, 0.65), trial(200, 0.795)], 0.80, 400)
+
+
+def test_within_a_tolerance_or_a_budget() -> None:
+    assert [point.nbytes for point in FRONT.points] == [100, 200, 400]
+    assert FRONT.smallest_within().nbytes == 200
+    assert FRONT.smallest_within(0.0049).nbytes == 400
+    assert FRONT.smallest_within("13%").nbytes == 100
+    assert FRONT.best_within(399).nbytes == 200
+    assert FRONT.best_within("1kB").nbytes == 400
+    with pytest.raises(
+        NothingWithin, match=r"within 99 bytes: the smallest has 100, and an accuracy of 0\.7"
+    ) as raised:
+        FRONT.best_within(99)
+    assert raised.value.nearest.nbytes == 100
+    poor = Front(FRONT.trials, reference=0.9, full_bytes=400)
+    with pytest.raises(NothingWithin, match=r"is within 0\.01 of 0\.9: the nearest has 0\.8, in 400 bytes") as raised:
+        poor.smallest_within(0.01)
+    assert raised.value.nearest.accuracy == 0.80
+
+
+def test_a_bound_is_met_where_only_rounding_says_otherwise() -> None:
+    assert 0.507 - 0.1 > 0.407
+    front = Front([trial(200, 0.507), trial(100, 0.407)], 0.507, 200)
+    assert front.smallest_within(0.1).nbytes == 100
+
+
+def test_a_front_needs_a_trial() -> None:
+    with pytest.raises(ValueError, match="trials must have one that did not fail, got 1 that did"):
+        Front([Trial(BitPlan(), 1, 8.0, error="no")], 0.8, 1)
+
+
+@pytest.mark.parametrize("tolerance", [True, math.nan, "-1%", "some", math.inf, None])
+def test_what_is_no_tolerance(tolerance: Any) -> None:
+    with pytest.raises(ValueError, match="tolerance must be"):
+        allowed_drop(tolerance, 0.8)
+
+
+def test_table_plot_and_json(tmp_path: Path) -> None:
+    lines = str(FRONT).splitlines()
+    assert "3 plans that no other of 4 beats" in lines[0]
+    (starred,) = [line for line in lines if "*" in line]
+    assert "200" in starred
+    assert "2.0x" in starred
+    figure = FRONT.plot(tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    (line,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "front"]
+    assert list(line.get_ydata()) == [0.70, 0.795, 0.80]
+    failed = Front([*FRONT.trials, replace(FRONT.trials[0], accuracies=(), error="no")], 0.80, 400, "1%")
+    again = Front.from_json(failed.to_json())
+    assert again.trials == failed.trials
+    assert again.to_json() == failed.to_json()
+
+
+class Recorder:
+    """What Lightning's WandbLogger takes."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int | None, dict[str, float]]] = []
+        self.tables: dict[str, Any] = {}
+        self.images: list[str] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.steps.append((step, metrics))
+
+    def log_table(self, key: str, columns: list[str], data: list[Any]) -> None:
+        self.tables[key] = (columns, data)
+
+    def log_image(self, key: str, images: list[Any]) -> None:
+        self.images.append(key)
+
+
+def test_each_measurement_is_logged(tmp_path: Path) -> None:
+    logger = Recorder()
+    fail: Callable[[BitPlan], float] = lambda plan: math.nan if set(bits_of(plan)) == {1} else Landscape()(plan)  # noqa: E731
+    front = selector(fail, logger=logger).run()
+    assert [step for step, _ in logger.steps] == list(range(24))
+    for (_, metrics), measured in zip(logger.steps, front.trials, strict=True):
+        assert metrics["abs/bytes"] == measured.nbytes
+        assert metrics["abs/average_bits"] == np.mean(bits_of(measured.plan))
+        assert metrics["abs/failed"] == measured.failed
+        assert metrics.get("abs/accuracy") == (None if measured.failed else measured.accuracy)
+    on_front = {front.trials[step or 0] for step, metrics in logger.steps if metrics.get("abs/on_front")}
+    assert on_front >= set(front.points)
+    columns, data = logger.tables["abs/front"]
+    assert [row[columns.index("bytes")] for row in data] == [point.nbytes for point in front.points]
+    assert logger.images == ["abs/front_plot"]
