@@ -20,10 +20,13 @@ if TYPE_CHECKING:
         StepAnneal,
         WarmupThen,
     )
+    from lightning_tinykg.bits.search import AutoBitSelector, random_search
+    from lightning_tinykg.bits.space import SearchSpace
     from lightning_tinykg.callback import TinyKGCallback
-    from lightning_tinykg.data import KGRecDataModule
+    from lightning_tinykg.data import CTRDataModule, KGRecDataModule
     from lightning_tinykg.hqgnn import HQGNN, LowBitIndex
-    from lightning_tinykg.models import KGAT, LightGCN
+    from lightning_tinykg.models import KGAT, KGCN, KGNNLS, LightGCN
+    from lightning_tinykg.sgquant import SGQuantCallback
     from lightning_tinykg.strategy import (
         TinyKGDDPStrategy,
         TinyKGFSDPStrategy,
@@ -36,7 +39,11 @@ __version__ = "0.1.0"
 __all__ = [
     "HQGNN",
     "KGAT",
+    "KGCN",
+    "KGNNLS",
+    "AutoBitSelector",
     "BitPlan",
+    "CTRDataModule",
     "ConstantBits",
     "CosineAnneal",
     "KGRecDataModule",
@@ -44,7 +51,9 @@ __all__ = [
     "LightGCN",
     "LinearAnneal",
     "LowBitIndex",
+    "SGQuantCallback",
     "Schedule",
+    "SearchSpace",
     "StepAnneal",
     "TinyKGCallback",
     "TinyKGDDPStrategy",
@@ -55,15 +64,19 @@ __all__ = [
     "__version__",
     "compress_activations",
     "keep_exact",
+    "random_search",
 ]
 
 _HOMES = {
     "activations": ("Ledger", "compress_activations", "keep_exact"),
     "bits": ("BitPlan", "ConstantBits", "CosineAnneal", "LinearAnneal", "Schedule", "StepAnneal", "WarmupThen"),
+    "bits.search": ("AutoBitSelector", "random_search"),
+    "bits.space": ("SearchSpace",),
     "callback": ("TinyKGCallback",),
-    "data": ("KGRecDataModule",),
+    "data": ("CTRDataModule", "KGRecDataModule"),
     "hqgnn": ("HQGNN", "LowBitIndex"),
-    "models": ("KGAT", "LightGCN"),
+    "models": ("KGAT", "KGCN", "KGNNLS", "LightGCN"),
+    "sgquant": ("SGQuantCallback",),
     "strategy": ("TinyKGDDPStrategy", "TinyKGFSDPStrategy", "TinyKGModelParallelStrategy", "TinyKGStrategy"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

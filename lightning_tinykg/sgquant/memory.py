@@ -1,0 +1,184 @@
+"""What quantized places take: bytes of the packed form with all its metadata, and the released code's count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_tinykg.bits.plan import Place
+from lightning_tinykg.codecs.rows import rows_nbytes
+from lightning_tinykg.sgquant.quantize import Level
+from lightning_tinykg.sgquant.runs import runs_nbytes
+from lightning_tinykg.sgquant.sites import Site
+from lightning_tinykg.sgquant.wiring import Spot
+
+__all__ = ["Memory", "Stored", "measure"]
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows that are stored alike.
+
+    Attributes:
+        place: Where.
+        name: What the layer calls the tensor.
+        rows: How many rows.
+        dim: Elements of each.
+        bits: Their width.
+        packed_bytes: What they take, scales and zeros included.
+    """
+
+    place: Place
+    name: str
+    rows: int
+    dim: int
+    bits: int
+    packed_bytes: int
+
+    @property
+    def full_bytes(self) -> int:
+        """What they take in float32."""
+        return self.rows * self.dim * 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of what a model stores of its nodes and edges, for the largest batch of the calibration.
+
+    A tensor that is met at several places is counted once. Packed are the codes, each row whole bytes; a scale and a
+    zero of each range; and, if nodes of one tensor are stored in different ways, where each node is: four bytes a node,
+    once. Weights are not counted (an embedding table that is a place is), nor is the graph.
+
+    Attributes:
+        stored: The rows, place by place.
+        order_bytes: Bytes of the nodes' order.
+        released_bits: Bits by the count of the paper's released code, which reproduces the figures in its comments: of
+            each layer its input `x`, what messages are made of if that is not the input (`xW`), `x_i` and `x_j`
+            gathered for every edge, and three attention tensors if the layer computes attention, or the one that it is
+            given. No weights, no metadata. Linear layers outside message passing: input and output.
+    """
+
+    stored: tuple[Stored, ...]
+    order_bytes: int
+    released_bits: float = field(default=0.0)
+
+    @cached_property
+    def full_bytes(self) -> int:
+        """The same tensors in float32."""
+        return sum(rows.full_bytes for rows in self.stored)
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """All that is stored."""
+        return sum(rows.packed_bytes for rows in self.stored) + self.order_bytes
+
+    @property
+    def ratio(self) -> float:
+        """The first over the second."""
+        return self.full_bytes / max(self.packed_bytes, 1)
+
+    @cached_property
+    def average_bits(self) -> float:
+        """Mean width of an element, without metadata."""
+        elements = self.full_bytes // 4
+        return sum(rows.rows * rows.dim * rows.bits for rows in self.stored) / max(elements, 1)
+
+    def table(self) -> Table:
+        """What is stored, as a rich table."""
+        table = Table("layer", "component", "degrees", "tensor", "rows", "bits", "float32", "packed")
+        for rows in self.stored:
+            sizes = (f"{size / _MIB:.3f} MiB" for size in (rows.full_bytes, rows.packed_bytes))
+            table.add_row(*rows.place, rows.name, f"{rows.rows} x {rows.dim}", str(rows.bits), *sizes)
+        table.add_row("all", "", "", "", "", f"{self.average_bits:.2f}", *self._sums())
+        return table
+
+    def _sums(self) -> tuple[str, str]:
+        return f"{self.full_bytes / _MIB:.3f} MiB", f"{self.packed_bytes / _MIB:.3f} MiB"
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get().rstrip()
+
+
+def measure(
+    sites: Mapping[Spot, Site],
+    bits: Mapping[Spot, Sequence[int]],
+    levels: Mapping[Spot, Sequence[Level]],
+    topologies: Sequence[str],
+) -> Memory:
+    """The memory of some sites.
+
+    Args:
+        sites: What a calibration found.
+        bits: Widths of each, by bucket.
+        levels: How each is stored: one level, or one for each bucket.
+        topologies: Names of the buckets.
+    """
+    stored, moved = [], 0
+    for spot, site in sites.items():
+        if not site.is_owner:
+            continue
+        if len(levels[spot]) > 1 and not site.of_edges:
+            moved = max(moved, sum(site.rows))
+        for bucket, (rows, width) in enumerate(zip(site.rows, bits[spot], strict=True)):
+            place = Place(spot.layer, spot.component, topologies[bucket])
+            level = levels[spot][bucket if len(levels[spot]) > 1 else 0]
+            # a part has a range of its own; what is all one part has one, which is counted with its first rows
+            scales = rows if level.per_row else 1 if len(levels[spot]) > 1 or bucket == 0 else 0
+            if site.of_edges and width < 32:
+                nbytes = runs_nbytes(rows, site.dim, width) + 8 * (scales - 1)
+            else:
+                nbytes = rows_nbytes(rows, site.dim, width, scales)
+            stored.append(Stored(place, spot.name, rows, site.dim, width, nbytes))
+    return Memory(tuple(stored), 4 * moved, _released_bits(sites, bits))
+
+
+def _released_bits(sites: Mapping[Spot, Site], bits: Mapping[Spot, Sequence[int]]) -> float:
+    """The count of `Memory.released_bits`: bits, not bytes."""
+
+    def width(spot: Spot) -> float:
+        """The mean width of a tensor's elements."""
+        owner = sites[sites[spot].owner]
+        rows = sum(owner.rows)
+        return sum(n * b for n, b in zip(owner.rows, bits[owner.spot], strict=True)) / rows if rows else 0.0
+
+    def elements(spot: Spot) -> int:
+        owner = sites[sites[spot].owner]
+        return sum(owner.rows) * owner.dim
+
+    total = 0.0
+    for layer in dict.fromkeys(spot.layer for spot in sites):
+        of_layer = [spot for spot in sites if spot.layer == layer]
+        messages = [spot for spot in of_layer if spot.component == "message"]
+        own = [spot for spot in messages if sites[spot].is_owner]
+        total += sum(
+            elements(spot) * width(spot) for spot in of_layer if spot.component == "embedding" and _first(spot)
+        )
+        total += sum(elements(spot) * width(spot) for spot in own if _first(spot))
+        for spot in (spot for spot in messages if _first(spot)):
+            gathered = sum(sites[again].edges for again in messages if _base(again) == _base(spot))
+            total += 2 * gathered * sites[spot].dim * width(spot)
+        softmax = any(spot.name.startswith("softmax") for spot in of_layer)
+        for spot in (spot for spot in of_layer if spot.component == "attention" and sites[spot].dim):
+            if not softmax or spot.name.startswith("softmax"):
+                total += (3 if softmax else 1) * elements(spot) * width(spot)
+        if not messages:
+            total += sum(elements(spot) * width(spot) for spot in of_layer if spot.component == "update")
+    return total
+
+
+def _base(spot: Spot) -> str:
+    return spot.name.partition("#")[0]
+
+
+def _first(spot: Spot) -> bool:
+    """Whether this is the first of a pair, met for the first time."""
+    return "#" not in spot.name and not spot.name.endswith(".1")

@@ -1,0 +1,224 @@
+r"""Which range a place's levels span: from calibration, or from each row as it is encoded.
+
+With the range `low .. high` a code of `b` bits stands for `low + scale * code`, `scale = (high - low) / (2**b - 1)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_tinykg.codecs.uniform import affine, nearest_codes
+
+__all__ = ["Observed", "Range", "least_error", "range_of_rows", "scale_of"]
+
+Range = Literal["minmax", "percentile", "ema", "mse"]
+
+_SAMPLE = 1 << 20
+"""Values that percentiles are taken of, evenly spaced: sorting more would change nothing that is of use."""
+
+_QUANTILES = 513
+"""What a distribution is known by, where the range is to lose the least of it. Odd: there is a middle."""
+
+_MOMENTUM = 0.9
+"""Weight of the past in the moving average, batch by batch of the calibration."""
+
+
+def scale_of(low: Tensor, high: Tensor, top: int | Tensor) -> Tensor:
+    """Size of a step; 1 for a constant, which is then exact, since its code is 0.
+
+    Args:
+        low: Float32, any shape.
+        high: Float32, the same shape, nowhere below `low`.
+        top: The greatest code, `2**bits - 1`; or of each value its own, float32 in the shape of `low`.
+
+    Returns:
+        Float32, positive, the same shape.
+
+    Example:
+        >>> scale_of(torch.tensor([0.0, 2.0]), torch.tensor([3.0, 2.0]), top=3)
+        tensor([1., 1.])
+    """
+    # halves: the span of float32's whole range would overflow
+    scale: Tensor = (high / 2 - low / 2) / (top / 2)
+    return scale.where(scale > 0, 1.0)
+
+
+def range_of_rows(x: Tensor, top: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each row, from its own least and greatest value.
+
+    Args:
+        x: Float32 `[n, d]`.
+        top: The greatest code, `2**bits - 1`; or each row's own, float32 `[n]`.
+
+    Returns:
+        Scale and zero, float32 `[n]` each.
+
+    Example:
+        >>> range_of_rows(torch.tensor([[0.0, 3.0], [5.0, 5.0]]), top=3)
+        (tensor([1., 1.]), tensor([0., 5.]))
+    """
+    if x.size(1) == 0:
+        return x.new_ones(x.size(0)), x.new_zeros(x.size(0))
+    low, high = x.aminmax(dim=1)
+    return scale_of(low, high, top), low
+
+
+def least_error(values: Tensor, bits: int) -> tuple[float, float]:
+    """The range in which rounding to `2**bits` levels loses the least: `argmin sum (x - Q(x))^2`.
+
+    A fixed grid is tried, both ends moving inwards towards the middle, then a finer one around its best.
+
+    Args:
+        values: Float32 `[n]`, ascending.
+        bits: The width.
+
+    Returns:
+        The least and the greatest level.
+
+    Example:
+        >>> least_error(torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0]), bits=1)
+        (-1.0, 1.0)
+    """
+    low, high, middle = values[0], values[-1], values[len(values) // 2]
+    spans, best = (low - middle, high - middle), (torch.ones(()), torch.ones(()))
+    for step in (1 / 16, 1 / 128):
+        offsets = torch.arange(-16, 1) * step if step == 1 / 16 else torch.arange(-8, 9) * step
+        shares = [(share + offsets).clamp(0, 1) for share in best]
+        lows, highs = (middle + span * share for span, share in zip(spans, shares, strict=True))
+        pairs = torch.cartesian_prod(lows, highs)
+        zero, scale = pairs[:, 0], scale_of(pairs[:, 0], pairs[:, 1], 2**bits - 1)
+        rows = values.expand(len(pairs), -1)
+        error = (rows - affine(nearest_codes(rows, scale, zero, bits), scale, zero)).square().sum(dim=1)
+        found = int(error.argmin())
+        best = (shares[0][found // len(highs)], shares[1][found % len(highs)])
+    return float(middle + spans[0] * best[0]), float(middle + spans[1] * best[1])
+
+
+class Observed:
+    """The range of what was seen at a place: in each bucket, and in all of them.
+
+    Args:
+        buckets: How many there are.
+        kind: `"minmax"`: the least and the greatest value; `"percentile"`: these without the outermost share, averaged
+            over the batches; `"ema"`: the least and greatest of each batch, as a moving average; `"mse"`: what loses
+            the least at each width, see `least_error`, of the batches' quantiles.
+        percentile: Share of the values that lie below the range's upper end, and above its lower.
+
+    Raises:
+        ValueError: If `kind` or `percentile` have a value they can't have.
+
+    Example:
+        >>> observed = Observed(buckets=2)
+        >>> observed.add(torch.tensor([[0.0, 1.0], [5.0, 9.0]]), torch.tensor([0, 1]))
+        >>> observed.low, observed.high    # of bucket 0, bucket 1, both
+        (tensor([0., 5., 0.]), tensor([1., 9., 9.]))
+    """
+
+    def __init__(self, buckets: int, kind: Range = "minmax", percentile: float = 0.999) -> None:
+        if kind not in get_args(Range):
+            raise ValueError(f"range must be one of {', '.join(get_args(Range))}, got {kind!r}")
+        if not 0.5 < percentile <= 1:
+            raise ValueError(f"percentile must be above 0.5 and at most 1, got {percentile}")
+        self.kind, self.percentile = kind, percentile
+        self.low, self.high = torch.full((buckets + 1,), torch.inf), torch.full((buckets + 1,), -torch.inf)
+        self.seen = [0] * (buckets + 1)  # batches that had any such row
+        self.quantiles = torch.zeros(buckets + 1, _QUANTILES if kind == "mse" else 0)  # mean over the batches
+        self._fitted: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def add(self, x: Tensor, bucket: Tensor | None) -> None:
+        """Look at a batch.
+
+        Args:
+            x: Float `[n, d]`.
+            bucket: int64 `[n]`; `None`: all in the first.
+
+        Raises:
+            ValueError: If a value is not finite.
+        """
+        parts = [x] if bucket is None else [x[bucket == number] for number in range(len(self.seen) - 1)]
+        for index, part in [*enumerate(parts), (len(self.seen) - 1, x)]:
+            if part.numel():
+                part = part.detach().float()
+                self._add_to(index, *self._ends(part))
+                if self.kind == "mse":
+                    values = _thinned(part)
+                    at = torch.linspace(0, values.numel() - 1, _QUANTILES, device=values.device).round().long()
+                    self.quantiles[index] += (values[at].cpu() - self.quantiles[index]) / self.seen[index]
+        self._fitted.clear()
+
+    def _ends(self, x: Tensor) -> tuple[float, float]:
+        low, high = x.aminmax()
+        if not bool((high - low).isfinite() | (low.isfinite() & high.isfinite())):
+            raise ValueError("values must be finite to be quantized, got NaN or infinity")
+        if self.kind == "percentile" and self.percentile < 1:
+            values = _thinned(x)
+            cut = int((values.numel() - 1) * (1 - self.percentile))
+            low, high = values[cut], values[values.numel() - 1 - cut]
+        return float(low), float(high)
+
+    def _add_to(self, index: int, low: float, high: float) -> None:
+        first = self.seen[index] == 0
+        self.seen[index] += 1
+        if first or self.kind in ("minmax", "mse"):
+            low, high = min(low, float(self.low[index])), max(high, float(self.high[index]))
+        else:
+            past = _MOMENTUM if self.kind == "ema" else 1 - 1 / self.seen[index]
+            low = past * float(self.low[index]) + (1 - past) * low
+            high = past * float(self.high[index]) + (1 - past) * high
+        self.low[index], self.high[index] = low, high
+
+    def agree(self, most: Callable[[Tensor], Tensor]) -> None:
+        """Take the widest of all ranks' ranges.
+
+        Args:
+            most: The greatest of the ranks' values, element by element; for tensors on the CPU.
+        """
+        self.low, self.high = -most(-self.low), most(self.high)
+        if self.kind == "mse":
+            lower, upper = self.quantiles.tensor_split([_QUANTILES // 2], dim=1)
+            self.quantiles = torch.cat([-most(-lower), most(upper)], dim=1)
+            self._fitted.clear()
+
+    def ends(self, bucket: int | None, bits: int) -> tuple[float, float]:
+        """The range of a bucket, or of all; that of all, for a bucket in which nothing was seen; (0, 0) for nothing.
+
+        Args:
+            bucket: Which; `None`: all.
+            bits: The width that it is for.
+
+        Example:
+            >>> Observed(buckets=1).ends(0, bits=4)
+            (0.0, 0.0)
+        """
+        last = len(self.seen) - 1
+        low, high = self.low.tolist(), self.high.tolist()
+        for index in (last if bucket is None else bucket, last):
+            if low[index] <= high[index]:
+                if self.kind != "mse":
+                    return low[index], high[index]
+                if (index, bits) not in self._fitted:
+                    self._fitted[index, bits] = least_error(self.quantiles[index], bits)
+                return self._fitted[index, bits]
+        return 0.0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ranges, in tensors and primitives."""
+        tensors = {"low": self.low.clone(), "high": self.high.clone(), "quantiles": self.quantiles.clone()}
+        return {**tensors, "seen": list(self.seen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with these."""
+        self.low, self.high, self.quantiles = (state[name].clone() for name in ("low", "high", "quantiles"))
+        self.seen = list(state["seen"])
+        self._fitted.clear()
+
+
+def _thinned(x: Tensor) -> Tensor:
+    """The values, or an even sample of them, ascending."""
+    values = x.flatten()
+    ordered: Tensor = values[:: -(-values.numel() // _SAMPLE)].sort().values
+    return ordered

@@ -1,0 +1,205 @@
+"""What a calibration finds out: which tensors a model stores, which of them are one, and the range of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch_geometric.nn import MessagePassing
+
+from lightning_tinykg.sgquant.graphs import Graph
+from lightning_tinykg.sgquant.ranges import Observed
+from lightning_tinykg.sgquant.wiring import Meeting, Spot
+
+__all__ = ["Observer", "Site"]
+
+
+@dataclass
+class Site:
+    """One tensor that is stored, or met again.
+
+    Attributes:
+        spot: Where it is met.
+        owner: Where the same tensor was met first; itself, if that is here. Bits and range are the owner's.
+        is_stored: Whether it arrives here as the owner has stored it, so that nothing is left to be done.
+        of_edges: Whether its rows are edges.
+        dim: Elements of a row.
+        rows: Rows in each bucket of degrees, in the largest batch of the calibration.
+        edges: Edges that it is given to messages along.
+        parameter: Name of the parameter that it is, if it is one.
+        degrees: int32, the in-degree of each of the parameter's rows in the graph of the calibration.
+        observed: Its range; of an owner only.
+    """
+
+    spot: Spot
+    owner: Spot
+    is_stored: bool
+    of_edges: bool
+    dim: int
+    rows: list[int] = field(default_factory=list)
+    edges: int = 0
+    parameter: str | None = None
+    degrees: Tensor | None = None
+    observed: Observed | None = None
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this is where the tensor was met first."""
+        return self.owner == self.spot
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, in tensors and primitives."""
+        return {
+            **{name: getattr(self, name) for name in _PLAIN},
+            "spot": tuple(self.spot),
+            "owner": tuple(self.owner),
+            "degrees": None if self.degrees is None else self.degrees.cpu(),
+            "observed": None if self.observed is None else self.observed.state_dict(),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], observed: Observed) -> Site:
+        """The site of a `state_dict`; `observed` is taken for its range."""
+        if state["observed"] is not None:
+            observed.load_state_dict(state["observed"])
+        return cls(
+            **{name: state[name] for name in _PLAIN},
+            spot=Spot(*state["spot"]),
+            owner=Spot(*state["owner"]),
+            degrees=state["degrees"],
+            observed=None if state["observed"] is None else observed,
+        )
+
+
+_PLAIN = ("is_stored", "of_edges", "dim", "rows", "edges", "parameter")
+
+
+class Observer:
+    """The visitor of a calibration.
+
+    It puts a copy in the place of each tensor, so that what has been stored is told from what it was stored from.
+
+    Args:
+        model: Whose parameters are looked for.
+        new_range: Makes an empty range.
+        bucket_of: Bucket of each row of a tensor of nodes, given the graph, the number of rows and their end.
+        sites: What earlier calibrations found; it is added to.
+    """
+
+    def __init__(self, model: nn.Module, new_range: Any, bucket_of: Any, sites: dict[Spot, Site]) -> None:
+        self._new_range, self._bucket_of, self.sites = new_range, bucket_of, sites
+        self._met: list[tuple[StorageWeakRef, tuple[int, ...], Spot, bool]] = []
+        self._parameters = {_storage(p): (name, p) for name, p in model.named_parameters() if p.dim() > 1}
+        self._waiting: list[tuple[Site, Tensor]] = []  # of linear layers that were called before any graph was seen
+        self.node_counts: set[int] = set()
+
+    def __call__(self, spot: Spot, x: Tensor, meeting: Meeting) -> Tensor:
+        """Look at a tensor; return a copy."""
+        of_nodes = meeting.receivers is None
+        is_passing = isinstance(meeting.layer, MessagePassing)
+        if x.numel() == 0 and x.size(0) == 0 and spot not in self.sites:
+            return x
+        if not is_passing and x.dim() != 2:
+            return x
+        if is_passing and of_nodes:
+            self.node_counts.add(x.size(0))
+        known = self.sites.get(spot)
+        if known is None:
+            owner, is_stored = self._earlier(x) or (spot, False)
+            known = self.sites[spot] = Site(spot, owner, is_stored, not of_nodes, x.numel() // max(x.size(0), 1))
+            if known.is_owner:
+                known.observed = self._new_range()
+                name, parameter = self._parameters.get(_storage(x), (None, None))
+                if parameter is not None and parameter.shape == x.shape:
+                    known.parameter = name
+        known.edges = max(known.edges, meeting.edges)
+        if known.is_stored:
+            return x
+        if known.is_owner:
+            self._observe(known, x, meeting)
+        copy = x.clone()
+        self._remember(x, known.owner, is_stored=False)
+        self._remember(copy, known.owner, is_stored=True)
+        return copy
+
+    # -- one tensor or two -------------------------------------------------------------------------------------------
+
+    def _remember(self, x: Tensor, owner: Spot, is_stored: bool) -> None:
+        self._met = [entry for entry in self._met if not entry[0].expired()]
+        self._met.append((StorageWeakRef(x.untyped_storage()), _layout(x), owner, is_stored))
+
+    def _earlier(self, x: Tensor) -> tuple[Spot, bool] | None:
+        """Where this tensor, or one of which it has some rows, was met before, and whether it is as stored there."""
+        storage = _storage(x)
+        for reference, layout, owner, is_stored in self._met:
+            if reference.cdata == storage and not reference.expired() and _is_within(_layout(x), layout):
+                return owner, is_stored
+        return None
+
+    # -- ranges ------------------------------------------------------------------------------------------------------
+
+    def _observe(self, site: Site, x: Tensor, meeting: Meeting) -> None:
+        if meeting.graph is None:
+            self._waiting.append((site, x))
+            return
+        rows = x.size(0)
+        if meeting.receivers is None:
+            bucket = self._bucket_of(meeting.graph, rows, meeting.end)
+            if bucket is None and not isinstance(meeting.layer, MessagePassing):
+                return  # not the nodes of this graph: whether they are of any, `finish` decides
+        else:
+            nodes = meeting.graph.rows or int(meeting.receivers.max()) + 1
+            bucket = self._bucket_of(meeting.graph, nodes, 1)
+            bucket = None if bucket is None else bucket[meeting.receivers]
+        self._add(site, x, bucket)
+        if site.parameter is not None:
+            degrees = meeting.graph.degrees(rows, meeting.end)
+            site.degrees = None if degrees is None else degrees.int()
+
+    def _add(self, site: Site, x: Tensor, bucket: Tensor | None) -> None:
+        assert site.observed is not None
+        buckets = len(site.observed.seen) - 1
+        try:
+            site.observed.add(x.reshape(x.size(0), -1), bucket)
+        except ValueError as error:
+            raise ValueError(f"{site.spot}: {error}") from None
+        rows = [x.size(0)] if bucket is None else torch.bincount(bucket, minlength=buckets).tolist()
+        rows += [0] * (buckets - len(rows))
+        if sum(rows) >= sum(site.rows):
+            site.rows = rows
+
+    def settle(self, graph: Graph | None) -> None:
+        """At the end of a call of the model: look at what was met before its graph."""
+        waiting, self._waiting = self._waiting, []
+        for site, x in waiting:
+            bucket = None if graph is None else self._bucket_of(graph, x.size(0), 1)
+            self._add(site, x, bucket)
+
+    def finish(self) -> None:
+        """Leave out linear layers that took no rows of nodes."""
+        for spot, site in list(self.sites.items()):
+            if site.is_owner and not site.of_edges and sum(site.rows) not in self.node_counts:
+                self.sites = {s: other for s, other in self.sites.items() if other.owner != spot}
+
+
+def _storage(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
+def _layout(x: Tensor) -> tuple[int, ...]:
+    """First element, number of rows, distance of rows, elements of a row."""
+    rows = x.size(0)
+    return int(x.storage_offset()), rows, x.stride(0), x.numel() // max(rows, 1)
+
+
+def _is_within(part: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether the rows of one layout are among those of another in the same storage."""
+    (offset, rows, stride, dim), (start, all_rows, distance, width) = part, whole
+    if dim != width or (stride != distance and rows > 1):
+        return False
+    first, rest = divmod(offset - start, distance) if distance else (0, offset - start)
+    return rest == 0 and first >= 0 and first + rows <= all_rows
