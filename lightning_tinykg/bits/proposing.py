@@ -98,8 +98,11 @@ def best_predicted(
     if budget is None:
         assert bound is not None
         smallest_first = np.lexsort((-scores, nbytes))
-        for margin in np.linspace(*_MARGINS, count):
-            enough = scores[smallest_first] >= predictor.score(bound) + margin
+        # a bound that is full precision's own accuracy can't be predicted to be surpassed
+        safe, daring = predictor.score(bound) + np.array(_MARGINS)
+        safe = min(safe, scores.max())
+        for least in np.linspace(safe, min(daring, safe + _MARGINS[1]), count):
+            enough = scores[smallest_first] >= least
             fresh = (int(place) for place in smallest_first[enough] if int(place) not in picked)
             picked.update(dict.fromkeys(islice(fresh, 1)))
         rest = np.lexsort((nbytes, -scores))

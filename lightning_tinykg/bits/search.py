@@ -41,7 +41,8 @@ class SearchLogger(Protocol):
 class AutoBitSelector:
     """The least bits that keep the accuracy, or the best accuracy within some bytes.
 
-    The first ``measurements`` are one width everywhere, for each width, and random plans. Then come ``rounds`` times
+    The first ``measurements`` are one width everywhere, for each width; one layer, component or the like at its
+    narrowest and all else at its widest, for each; and random plans. Then come ``rounds`` times
     ``per_round`` plans that are chosen by prediction. The same arguments and a ``measure`` that repeats itself give
     the same plans, with any number of workers and after any interruption.
 
@@ -178,6 +179,8 @@ class AutoBitSelector:
         """What to measure next, given what has been measured when it is asked for."""
         yield self.space.uniform()[: self.measurements]
         self._reference_of(trials)  # before the random ones are measured for nothing
+        if self.rounds:  # there will be something that learns from it
+            yield self.space.screening(self.measurements // 3)
         yield random_choices(self.space, self.measurements - len(trials), trials, np.random.default_rng(self.seed))
         for number in range(self.rounds):
             yield self._chosen(trials, np.random.default_rng((self.seed, number)))
@@ -259,8 +262,6 @@ def random_search(
     **options: Any,
 ) -> Front:
     """The baseline: one width everywhere and random plans, nothing predicted.
-
-    With the seed of an :class:`AutoBitSelector` its first plans are the same.
 
     Args:
         space: the plans there are.

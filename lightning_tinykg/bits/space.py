@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 
@@ -77,6 +77,28 @@ class SearchSpace:
         levels = [self._snapped([bits] * len(self.patterns)) for bits in reversed(self._all_widths)]
         return list(dict.fromkeys([self.widest, *levels]))
 
+    def screening(self, most: int) -> list[Choice]:
+        """All entries at their widest, but one group of them at its narrowest, for each group: what it can do without.
+
+        Entries are grouped by what their patterns share: as finely as gives at most so many groups.
+
+        Args:
+            most: how many plans.
+
+        Example:
+            >>> SearchSpace({("a", "x"): (1, 8), ("a", "y"): (1, 8), ("b", "x"): (2, 8)}).screening(most=2)
+            [(1, 1, 8), (8, 8, 2)]
+        """
+        # as finely as may be, and by layer and component rather than by topology
+        finest_first = (axes for count in range(len(self._axes), 0, -1) for axes in combinations(self._axes, count))
+        groups = next((g for axes in finest_first if max(g := self._groups(axes)) < most), None)
+        if groups is None:
+            return []
+        return [
+            tuple(widths[0 if group == narrow else -1] for widths, group in zip(self.widths, groups, strict=True))
+            for narrow in range(max(groups) + 1)
+        ]
+
     def all(self) -> Iterator[Choice]:
         """Every choice there is."""
         return product(*self.widths)
@@ -100,7 +122,7 @@ class SearchSpace:
         """
         low, high = np.sort(rng.integers(len(self._all_widths), size=2))
         offered = self._all_widths[low : high + 1]
-        groups = self._groups(rng) if rng.random() < 2 / 3 else range(len(self.patterns))
+        groups = self._random_groups(rng) if rng.random() < 2 / 3 else range(len(self.patterns))
         drawn = rng.integers(len(offered), size=max(groups) + 1)
         return self._snapped([offered[drawn[group]] for group in groups])
 
@@ -112,7 +134,7 @@ class SearchSpace:
             rng: where the randomness is from.
         """
         if rng.random() < 0.3:
-            groups = self._groups(rng)
+            groups = self._random_groups(rng)
             chosen = int(rng.integers(max(groups) + 1))
             moved = {entry: int(rng.choice((-1, 1))) for entry, group in enumerate(groups) if group == chosen}
             moved = dict.fromkeys(moved, next(iter(moved.values())))  # all the same way
@@ -134,13 +156,15 @@ class SearchSpace:
             other: another.
             rng: where the randomness is from.
         """
-        groups = self._groups(rng) if rng.random() < 0.5 else range(len(self.patterns))
+        groups = self._random_groups(rng) if rng.random() < 0.5 else range(len(self.patterns))
         first = rng.random(max(groups) + 1) < 0.5
         return tuple(a if first[group] else b for a, b, group in zip(one, other, groups, strict=True))
 
-    def _groups(self, rng: np.random.Generator) -> list[int]:
-        """The number of each entry's group: entries of a group share what some random axes of their pattern say."""
-        axes = [axis for axis in self._axes if rng.random() < 0.5]
+    def _random_groups(self, rng: np.random.Generator) -> list[int]:
+        return self._groups([axis for axis in self._axes if rng.random() < 0.5])
+
+    def _groups(self, axes: Sequence[int]) -> list[int]:
+        """The number of each entry's group: entries of a group share what these axes of their patterns say."""
         numbers: dict[tuple[str, ...], int] = {}
         return [numbers.setdefault(tuple(pattern[axis] for axis in axes), len(numbers)) for pattern in self.patterns]
 
