@@ -81,6 +81,9 @@ PLANS: dict[str, Callable[[SGQuantizer], BitPlan]] = {
     "combined": combined,
 }
 
+SEARCHES = {"packed": "search", "released": "search, released count"}
+"""What the smallest plan is the smallest by -> the name of its lines."""
+
 
 class Runs:
     """The lines that are finished, and what is done next.
@@ -186,8 +189,12 @@ class Setting:
         """All layers, components and buckets, each with its own width."""
         return SearchSpace({tuple(place): WIDTHS for place in quantizer.places()})
 
-    def search(self) -> BitPlan:
-        """ABS, each plan fine-tuned for a few epochs: the smallest that is as accurate as full precision."""
+    def search(self, count: str) -> BitPlan:
+        """ABS, each plan fine-tuned for a few epochs: the smallest that is as accurate as full precision.
+
+        Args:
+            count: `packed`: smallest in bytes that are stored; `released`: by the count of the paper's released code.
+        """
         model = self.model()
         quantizer, weights = self.quantizer(model), self.model().state_dict()
 
@@ -197,20 +204,26 @@ class Setting:
             with quantizer:
                 return self.tune(model, self.args.search_epochs)
 
+        def bytes_of(plan: BitPlan) -> int:
+            memory = quantizer.memory(plan)
+            return memory.packed_bytes if count == "packed" else round(memory.released_bits / 8)
+
+        path = self.args.out / f"abs-{count}-{self.name}-{self.kind}-{self.seed}"
         front = AutoBitSelector(
             self.space(quantizer),
             accuracy,
-            lambda plan: quantizer.memory(plan).packed_bytes,
+            bytes_of,
             measurements=self.args.measurements,
             rounds=self.args.rounds,
             per_round=self.args.per_round,
             tolerance=self.args.tolerance,
             reference=self.full["val"],
-            path=self.args.out / f"abs-{self.name}-{self.kind}.jsonl",
-            name=f"{self.kind} on {self.name}",
+            seed=self.seed,
+            path=path.with_suffix(".jsonl"),
+            name=f"{self.kind} on {self.name}, seed {self.seed}, {count}",
             progress=False,
         ).run()
-        front.plot(self.args.out / f"abs-{self.name}-{self.kind}.png")
+        front.plot(path.with_suffix(".png"))
         try:
             return front.smallest_within(self.args.tolerance).plan
         except NothingWithin as nothing:
@@ -252,7 +265,7 @@ def run_all(args: argparse.Namespace, runs: Runs) -> None:
     """Everything that was asked for."""
     for name in args.sets:
         for kind in args.models:
-            found: BitPlan | None = None
+            found: dict[str, BitPlan] = {}
             for seed in args.seeds:
                 setting = Setting(runs, name, kind, seed)
                 quantizer = setting.quantizer(setting.model())
@@ -261,10 +274,11 @@ def run_all(args: argparse.Namespace, runs: Runs) -> None:
                         setting.measure(plan_name, PLANS[plan_name](quantizer), way)
                 for bits in args.equal_bytes:
                     setting.at_bytes_of(bits)
-                if found is None:  # with the first seed's model; the plan then has to serve the others
-                    found = setting.search()
-                for way in ("as it is", "fine-tuned"):
-                    setting.measure("search", found, way)
+                for count in args.counts:
+                    if count not in found:  # with the first seed's model; the plan then has to serve the others
+                        found[count] = setting.search(count)
+                    for way in ("as it is", "fine-tuned"):
+                        setting.measure(SEARCHES[count], found[count], way)
 
 
 def show(args: argparse.Namespace, runs: Runs) -> list[Table]:
@@ -307,6 +321,9 @@ def main() -> None:
     parser.add_argument("--search-epochs", type=int, default=15, help="of fine-tuning, for each plan that is measured")
     parser.add_argument("--labels", action="store_true", help="fine-tune to the labels of the training nodes")
     parser.add_argument("--plans", nargs="*", default=list(PLANS), choices=list(PLANS), help="beside the search")
+    parser.add_argument(
+        "--counts", nargs="*", default=["packed"], choices=list(SEARCHES), help="what a search is to save"
+    )
     parser.add_argument("--measurements", type=int, default=40, help="of the search, before it predicts")
     parser.add_argument("--rounds", type=int, default=4, help="of predicted plans")
     parser.add_argument("--per-round", type=int, default=10, help="plans that are measured in a round")

@@ -3,7 +3,18 @@
 The loop is the automatic bit selection (ABS) of SGQuant (Feng et al., arXiv 2007.05100): measure some plans, fit
 regression trees from a plan to its accuracy, predict the accuracy of many more, measure the smallest of those that are
 predicted to be accurate enough, and so on for some rounds. It asks for two functions and knows nothing else of what is
-quantized, so it serves plans of any kind.
+quantized, so it serves plans of any kind:
+
+- SGQuant: the patterns are ``quantizer.places()``; ``measure`` evaluates under ``quantizer.set_plan(plan)``;
+  ``bytes_of`` is ``quantizer.memory(plan).packed_bytes``.
+- TinyKG: the patterns are modules; ``measure`` is minus the error of the gradient of a step, or what a short training
+  reaches on validation data, under ``compress_activations(bits=plan)``; ``bytes_of`` is the ``ledger.stored_bytes`` of
+  one forward under it. That does run the model, so ``samples`` should be few.
+- HQ-GNN: the patterns are ``"users"`` and ``"items"``; ``measure`` sets ``user_quantizer.bits`` and
+  ``item_quantizer.bits`` of an ``HQGNN(encoder, estimator="ptq", quantize_users=True)`` and validates it; ``bytes_of``
+  is the sum of both quantizers' ``table_bytes``.
+
+``tests/bits/test_search_uses.py`` has each of them in a few lines.
 """
 
 from __future__ import annotations
@@ -180,7 +191,8 @@ class AutoBitSelector:
         yield self.space.uniform()[: self.measurements]
         self._reference_of(trials)  # before the random ones are measured for nothing
         if self.rounds:  # there will be something that learns from it
-            yield self.space.screening(self.measurements // 3)
+            most = min(self.measurements // 3, self.measurements - len(trials))
+            yield [choice for choice in self.space.screening(most) if choice not in trials]
         yield random_choices(self.space, self.measurements - len(trials), trials, np.random.default_rng(self.seed))
         for number in range(self.rounds):
             yield self._chosen(trials, np.random.default_rng((self.seed, number)))

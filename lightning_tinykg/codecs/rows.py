@@ -151,7 +151,7 @@ class PackedRows:
             The codes, on the device of `x`.
 
         Raises:
-            ValueError: If an argument does not fit, `x` has a NaN, or a scale is 0.
+            ValueError: If an argument does not fit, `x` has a NaN, or a scale is not positive.
         """
         _check_floats(x)
         if bits != 32 and (scale is None or zero is None):
@@ -172,7 +172,7 @@ class PackedRows:
             zero: Float32 `[k]`, likewise.
 
         Raises:
-            ValueError: If an argument does not fit, `x` has a NaN, or a scale is 0.
+            ValueError: If an argument does not fit, `x` has a NaN, or a scale is not positive.
         """
         _check_floats(x)
         index, start, count = self._which(rows)
@@ -189,18 +189,21 @@ class PackedRows:
                 )
             for own, value in ((self.scale, scale), (self.zero, zero)):
                 own[slice(start, start + count) if index is None else index] = value
-        worst = x.new_zeros((), dtype=torch.float32)
+        worst, usable = x.new_zeros((), dtype=torch.float32), x.new_ones((), dtype=torch.bool)
         for part in row_chunks(count, self.dim, x.device) if self.dim else ():
             which = slice(start + part.start, start + part.stop) if index is None else index[part]
             own_scale, own_zero = self._scales(which)
+            usable = usable & ((own_scale > 0) & own_scale.isfinite() & own_zero.isfinite()).all()
             floats = x[part].float()
             codes = nearest_codes(floats, own_scale, own_zero, self.bits)
             # NaN if any is; one bit is a comparison, which is false for NaN: then look at the values themselves
             worst = torch.maximum(worst, (floats if self.bits == 1 else codes).amax())
             for plane, packed in zip(self.planes, _packed(codes, self.bits), strict=True):
                 plane[which] = packed
-        if bool(worst.isnan()):
-            raise ValueError("x must have no NaN, and scale must be positive: got a value that has no nearest code")
+        if bool(worst.isnan() | ~usable):
+            raise ValueError(
+                "x must have no NaN, scale must be positive, and scale and zero finite: got what has no nearest code"
+            )
 
     def _scales(self, which: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Scale and zero of these rows, `[1]` or one each."""

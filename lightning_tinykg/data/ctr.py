@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_tinykg.data.loaders import _StepDataset
+from lightning_tinykg.data.datasets import StepBatches
 from lightning_tinykg.data.splits import ItemsByUser
 
 __all__ = ["NEGATIVE", "CTRBatch", "CTRBatches", "CTRChunks", "label_pairs", "sample_negatives", "split_pairs"]
@@ -123,7 +123,7 @@ def split_pairs(
     return train, val, test
 
 
-class CTRBatches(_StepDataset[CTRBatch]):
+class CTRBatches(StepBatches[CTRBatch]):
     """Training batches. Nothing is drawn: the negatives are those of the data set, the same in every epoch.
 
     Args:

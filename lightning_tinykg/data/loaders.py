@@ -1,6 +1,6 @@
 """Batches drawn as a pure function of (seed, epoch, step, rank): sharded over ranks, resumable, off the global RNG.
 
-The samplers yield whole batches of row numbers and the datasets turn one into tensors at once: no Python per row.
+The samplers yield whole batches of row numbers, and the data sets of `datasets.py` turn one into tensors at once.
 """
 
 from collections.abc import Iterator
@@ -8,17 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
-from torch_geometric.data import Data
 
-from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
-from lightning_tinykg.data.files import sorted_unique
-from lightning_tinykg.data.sampling import NegativeSampler
-from lightning_tinykg.data.splits import ItemsByUser
-
-__all__ = ["BPRBatches", "PhasedLoader", "RankingBatches", "ResumableLoader", "ShardedBatches", "Step", "TripleBatches"]
+__all__ = ["PhasedLoader", "ResumableLoader", "ShardedBatches", "Step"]
 
 IntArray = npt.NDArray[np.int64]
 T = TypeVar("T")
@@ -99,6 +92,7 @@ class ResumableLoader(DataLoader[T]):
     """A ``DataLoader`` over :class:`ShardedBatches` whose place in the epoch goes into Lightning's checkpoints.
 
     Example:
+        >>> from lightning_tinykg.data.datasets import BPRBatches
         >>> sampler = ShardedBatches(4, batch_size=1, seed=0)
         >>> pairs = np.array([[0, 0, 1, 1], [0, 1, 1, 2]])
         >>> batches = BPRBatches(pairs, num_users=2, num_items=3, seed=0, batch_size=1)
@@ -146,6 +140,7 @@ class PhasedLoader:
         loaders: The phases, in order.
 
     Example:
+        >>> from lightning_tinykg.data.datasets import BPRBatches
         >>> batches = BPRBatches(np.array([[0, 0], [0, 1]]), num_users=1, num_items=3, seed=0, batch_size=1)
         >>> phase = ResumableLoader(batches, sampler=ShardedBatches(2, batch_size=1, seed=0), batch_size=None)
         >>> len(list(PhasedLoader([phase, phase])))
@@ -191,125 +186,3 @@ class PhasedLoader:
             loader = self.loaders[int(index)]
             if isinstance(loader, ResumableLoader):
                 loader.load_state_dict(place)
-
-
-class _StepDataset(Dataset[T]):
-    """Batches as items: by :class:`Step`, or by number (unshuffled, what ``Trainer(overfit_batches=...)`` asks for)."""
-
-    def __init__(self, num_rows: int, batch_size: int, seed: int, stream: int) -> None:
-        self.num_rows, self.batch_size, self.seed, self.stream = num_rows, batch_size, seed, stream
-
-    def __len__(self) -> int:
-        return -(-self.num_rows // self.batch_size)
-
-    def __getitem__(self, step: Step | int) -> T:
-        if not isinstance(step, Step):
-            rows = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, self.num_rows))
-            step = Step(rows, (0, step, 0))
-        return self.make(step.rows, np.random.default_rng([self.seed, self.stream, *step.key]))
-
-    def make(self, rows: IntArray, rng: np.random.Generator) -> T:
-        raise NotImplementedError
-
-
-class BPRBatches(_StepDataset[BPRBatch]):
-    """Interactions with one negative each, drawn from what the user has not interacted with.
-
-    Args:
-        pairs: Training pairs (user, item), shape ``[2, E]``.
-        num_users: Number of users.
-        num_items: Number of items.
-        seed: Seed of the negatives.
-        batch_size: Size of a batch asked for by number.
-
-    Raises:
-        ValueError: If a user has interacted with every item.
-
-    Example:
-        >>> batches = BPRBatches(np.array([[0], [1]]), num_users=1, num_items=2, seed=0, batch_size=1)
-        >>> batches[0].negative
-        tensor([0])
-    """
-
-    def __init__(self, pairs: IntArray, *, num_users: int, num_items: int, seed: int, batch_size: int) -> None:
-        super().__init__(pairs.shape[1], batch_size, seed, stream=1)
-        self.pairs = pairs
-        self.sampler = NegativeSampler(pairs[0], pairs[1], num_rows=num_users, num_columns=num_items)
-
-    def make(self, rows: IntArray, rng: np.random.Generator) -> BPRBatch:
-        """One batch: the interactions ``rows`` and a negative for each."""
-        user, positive = self.pairs[:, rows]
-        negative = self.sampler.sample(user, rng)
-        return BPRBatch(torch.from_numpy(user), torch.from_numpy(positive), torch.from_numpy(negative))
-
-
-class TripleBatches(_StepDataset[TripleBatch]):
-    """Edges of the collaborative knowledge graph with one corrupted tail each.
-
-    Args:
-        graph: What :func:`~lightning_tinykg.data.collaborative_graph` returns.
-        seed: Seed of the corrupted tails.
-        batch_size: Size of a batch asked for by number.
-
-    Raises:
-        ValueError: If a node is linked to every node by one relation.
-
-    Example:
-        >>> graph = Data(edge_index=torch.tensor([[0], [1]]), edge_type=torch.tensor([0]), num_nodes=2, num_relations=1)
-        >>> TripleBatches(graph, seed=0, batch_size=1)[0].corrupted
-        tensor([0])
-    """
-
-    def __init__(self, graph: Data, *, seed: int, batch_size: int) -> None:
-        super().__init__(int(graph.edge_index.shape[1]), batch_size, seed, stream=2)
-        self.edges: IntArray = torch.cat([graph.edge_index, graph.edge_type[None]]).numpy()
-        head, tail, relation = self.edges
-        # Rows of the sampler are the (head, relation) pairs that occur: far fewer than num_nodes * num_relations.
-        keys = head * np.int64(graph.num_relations) + relation
-        pairs = sorted_unique(keys)
-        self.row = np.searchsorted(pairs, keys)
-        self.sampler = NegativeSampler(
-            self.row, tail, num_rows=pairs.size, num_columns=int(graph.num_nodes), what=("(head, relation)", "nodes")
-        )
-
-    def make(self, rows: IntArray, rng: np.random.Generator) -> TripleBatch:
-        """One batch: the edges ``rows`` and a corrupted tail for each."""
-        head, tail, relation = self.edges[:, rows]
-        corrupted = self.sampler.sample(self.row[rows], rng)
-        return TripleBatch(*(torch.from_numpy(x) for x in (head, relation, tail, corrupted)))
-
-
-class RankingBatches(Dataset[RankingBatch]):
-    """This rank's users with a target, in chunks. Nobody is ranked twice, and ranks have equally many chunks.
-
-    Args:
-        exclude: What a user is not to be recommended, one table or more.
-        target: What should be recommended.
-        chunk: Most users in a batch.
-        num_replicas: Number of ranks.
-        rank: This rank.
-
-    Example:
-        >>> seen = ItemsByUser.build(np.array([[0, 1], [0, 0]]), num_users=2)
-        >>> wanted = ItemsByUser.build(np.array([[1], [1]]), num_users=2)
-        >>> RankingBatches([seen], wanted, chunk=10)[0].user  # user 0 has nothing to be found
-        tensor([1])
-    """
-
-    def __init__(
-        self, exclude: list[ItemsByUser], target: ItemsByUser, *, chunk: int, num_replicas: int = 1, rank: int = 0
-    ) -> None:
-        if chunk < 1:
-            raise ValueError(f"eval_batch_size must be at least 1, got {chunk}")
-        self.exclude, self.target = exclude, target
-        users = np.flatnonzero(np.diff(target.starts))
-        most = -(-users.size // num_replicas)
-        self.chunks = np.array_split(users[rank::num_replicas], max(-(-most // chunk), 1)) if users.size else []
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, index: int) -> RankingBatch:
-        users = self.chunks[index]
-        exclude = np.concatenate([table.gather(users) for table in self.exclude], axis=1)
-        return RankingBatch(*(torch.from_numpy(x) for x in (users, exclude, self.target.gather(users))))

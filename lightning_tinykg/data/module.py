@@ -12,16 +12,10 @@ from torch_geometric.data import HeteroData
 
 from lightning_tinykg.data.batches import RankingBatch
 from lightning_tinykg.data.cache import read_cached
+from lightning_tinykg.data.datasets import BPRBatches, RankingBatches, TripleBatches
 from lightning_tinykg.data.files import KGRecFiles, contains_pairs
 from lightning_tinykg.data.graph import build_graph, collaborative_graph
-from lightning_tinykg.data.loaders import (
-    BPRBatches,
-    PhasedLoader,
-    RankingBatches,
-    ResumableLoader,
-    ShardedBatches,
-    TripleBatches,
-)
+from lightning_tinykg.data.loaders import PhasedLoader, ResumableLoader, ShardedBatches
 from lightning_tinykg.data.neighbors import neighbor_loader, require_neighbor_sampler
 from lightning_tinykg.data.splits import ItemsByUser, hold_out
 from lightning_tinykg.data.synthetic import SyntheticKG

@@ -220,7 +220,7 @@ class QuantizedRanking(RankingModule):
 
     def _rival(self, bits: int, users: Tensor, items: Tensor) -> Rival:
         name = "fp32" if bits == 32 else f"ptq {bits} bits"
-        nbytes = self._bytes(bits, users, items)
+        nbytes = self._bytes(bits, bits, users, items)
         if bits < 32:
             quantizers = [Quantizer(bits, **self.quantizer_settings).to(items.device).eval() for _ in range(2)]
             rotation = Rotation(self.rotation.kind, self.rotation.seed)
@@ -232,11 +232,11 @@ class QuantizedRanking(RankingModule):
             users = quantizers[0](users) if self.quantize_users else users
         return Rival(name, sum(nbytes), users, items, deepcopy(self.metrics))
 
-    def _bytes(self, bits: int, users: Tensor, items: Tensor) -> tuple[int, int]:
-        """Of users and items, as they are scored at this width."""
-        quantizer = Quantizer(bits, **self.quantizer_settings)
-        user = quantizer if self.quantize_users else Quantizer(32)
-        return user.table_bytes(*users.shape), quantizer.table_bytes(*items.shape)
+    def _bytes(self, user_bits: int, item_bits: int, users: Tensor, items: Tensor) -> tuple[int, int]:
+        """Of users and items, as they are scored at these widths."""
+        widths = (user_bits if self.quantize_users else 32, item_bits)
+        user, item = (Quantizer(bits, **self.quantizer_settings) for bits in widths)
+        return user.table_bytes(*users.shape), item.table_bytes(*items.shape)
 
     def test_step(self, batch: RankingBatch, batch_idx: int) -> None:
         """Rank, by each of them."""
@@ -250,7 +250,7 @@ class QuantizedRanking(RankingModule):
         assert self._full is not None
         users, items = self._full
         self._full = self._raw = None
-        user_bytes, item_bytes = self._bytes(self.item_quantizer.bits, users, items)
+        user_bytes, item_bytes = self._bytes(self.user_quantizer.bits, self.item_quantizer.bits, users, items)
         self.log("hqgnn/quantization_error", self.item_quantizer.error(items))
         self.log("hqgnn/item_mib", item_bytes / MIB)
         self.log("hqgnn/embedding_mib", (user_bytes + item_bytes) / MIB)

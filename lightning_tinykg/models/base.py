@@ -1,6 +1,6 @@
 """What every recommender here shares: training on pairs, the full ranking with its metrics, and `recommend`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -12,7 +12,7 @@ from torch_geometric.metrics import LinkPredMetricCollection, LinkPredNDCG, Link
 from torch_geometric.utils import cumsum
 
 from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
-from lightning_tinykg.models.functional import bpr_loss, half_squared_norm, top_k
+from lightning_tinykg.models.functional import best_scored, bpr_loss, half_squared_norm
 
 __all__ = ["RankingModule"]
 
@@ -121,6 +121,11 @@ class RankingModule(L.LightningModule):
         """Embed the nodes of a sampled graph: users and entities, in the batch's local numbering."""
         raise NotImplementedError
 
+    def scorer(self) -> Callable[[Tensor], Tensor]:
+        """What scores all items, `[U, num_items]`, for users int64 `[U]`: here the dot product, by one `embed`."""
+        users, items = self.embed()
+        return lambda user: users[user] @ items[: self.num_items].t()
+
     def penalised(
         self, user: Tensor, positive: Tensor, negative: Tensor, rows: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
@@ -215,17 +220,24 @@ class RankingModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Embed the graph once for the whole evaluation."""
+        self._reset_metrics()
+        self._embedded = self.embed()
+
+    def _reset_metrics(self) -> None:
         self.metrics.reset()
         if self.device.type != "mps":  # which has no float64
             for metric in self.metrics.values():
                 metric.set_dtype(torch.float64)
-        self._embedded = self.embed()
 
     def validation_step(self, batch: RankingBatch, batch_idx: int) -> None:
         """Rank all items for a chunk of users and update the metrics."""
         assert self._embedded is not None
         users, items = self._embedded
-        ranked, _ = top_k(users[batch.user], items[: self.num_items], self.max_k, batch.exclude)
+        self._rank(users[batch.user] @ items[: self.num_items].t(), batch)
+
+    def _rank(self, scores: Tensor, batch: RankingBatch) -> None:
+        """Update the metrics with a chunk of users' scores of all items."""
+        ranked, _ = best_scored(scores, self.max_k, batch.exclude)
         # -1 would alias the last item of the row above in PyG's flat index; num_items is an id no target has.
         self.metrics.update(ranked.masked_fill(ranked < 0, self.num_items), batch.target)
 
@@ -299,14 +311,13 @@ class RankingModule(L.LightningModule):
         was_training = self.training
         self.eval()
         try:
-            users, items = self.embed()
+            scores = self.scorer()
+            chunks = [
+                best_scored(scores(chunk), k, self._seen(chunk) if exclude_seen else None)
+                for chunk in torch.split(ids, chunk_size)
+            ]
         finally:
             self.train(was_training)
-        items = items[: self.num_items]
-        chunks = [
-            top_k(users[chunk], items, k, self._seen(chunk) if exclude_seen else None)
-            for chunk in torch.split(ids, chunk_size)
-        ]
         return torch.cat([index for index, _ in chunks]), torch.cat([score for _, score in chunks])
 
     def _seen(self, users: Tensor) -> Tensor:

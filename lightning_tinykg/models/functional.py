@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["bpr_loss", "half_squared_norm", "top_k"]
+__all__ = ["best_scored", "bpr_loss", "half_squared_norm", "top_k"]
 
 
 def bpr_loss(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
@@ -57,8 +57,25 @@ def top_k(users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None) -
         >>> items
         tensor([[2, 1]])
     """
-    scores = users @ items.t()
+    return best_scored(users @ items.t(), k, exclude)
+
+
+def best_scored(scores: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`top_k` of scores instead of embeddings.
+
+    Args:
+        scores: Float `[U, I]`; it is written into.
+        k: How many; at most `I` come back.
+        exclude: int64 `[2, X]`, pairs (row, item) that must not be recommended.
+
+    Returns:
+        `(items, scores)`, as `top_k`.
+
+    Example:
+        >>> best_scored(torch.tensor([[3.0, 1.0, 2.0]]), k=2, exclude=torch.tensor([[0], [0]]))[0]
+        tensor([[2, 1]])
+    """
     if exclude is not None:
         scores[exclude[0], exclude[1]] = float("-inf")
-    best, index = scores.topk(min(k, items.size(0)), dim=-1)
+    best, index = scores.topk(min(k, scores.size(1)), dim=-1)
     return index.masked_fill(best == float("-inf"), -1), best

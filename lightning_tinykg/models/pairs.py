@@ -1,6 +1,6 @@
 """Recommenders whose item embeddings depend on the user: training on pairs, and ranking without a table of items."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -93,6 +93,10 @@ class PairModule(RankingModule):
         """Logits of all items, float `[U, num_items]`, for users int64 `[U]`: what `score` gives, without gradient."""
         raise NotImplementedError
 
+    def scorer(self) -> Callable[[Tensor], Tensor]:
+        """`score_items`."""
+        return self.score_items
+
     def penalty(self) -> Tensor:
         """What `l2` is the weight of, a scalar."""
         raise NotImplementedError
@@ -149,11 +153,9 @@ class PairModule(RankingModule):
     def on_validation_epoch_start(self) -> None:
         """Forget the last evaluation. Nothing is embedded beforehand."""
         self._labelled = False
-        for metric in (self.metrics, self.auc, self.f1):
-            metric.reset()
-        if self.device.type != "mps":  # which has no float64
-            for metric in self.metrics.values():
-                metric.set_dtype(torch.float64)
+        self._reset_metrics()
+        self.auc.reset()
+        self.f1.reset()
 
     def validation_step(self, batch: CTRBatch | RankingBatch, batch_idx: int) -> None:
         """Update AUC and F1 with labelled pairs, or Recall and NDCG with a chunk of ranked users."""
@@ -164,9 +166,7 @@ class PairModule(RankingModule):
             self.auc.update(probability, batch.label.long())
             self.f1.update(probability, batch.label.long())
         else:
-            ranked, _ = self._best(self.score_items(batch.user), self.max_k, batch.exclude)
-            # num_items is an id that no target has, see RankingModule
-            self.metrics.update(ranked.masked_fill(ranked < 0, self.num_items), batch.target)
+            self._rank(self.score_items(batch.user), batch)
 
     def _log_metrics(self, stage: str) -> None:
         if not self._labelled:
@@ -188,42 +188,3 @@ class PairModule(RankingModule):
         """
         self._require_graph()
         return self.score(user_ids, item_ids)[0]
-
-    @torch.no_grad()
-    def recommend(
-        self, user_ids: Tensor | Sequence[int], k: int = 20, exclude_seen: bool = True, chunk_size: int = 1024
-    ) -> tuple[Tensor, Tensor]:
-        """The `k` best items for each user, see `RankingModule.recommend`.
-
-        Args:
-            user_ids: int64 `[U]`, or a list.
-            k: How many items.
-            exclude_seen: Leave out each user's training items.
-            chunk_size: Users scored at a time; a chunk takes `chunk_size * num_items` floats.
-
-        Returns:
-            `(items, scores)`, `[U, min(k, num_items)]` each, best first; `-1` and `-inf` where no item is left.
-
-        Raises:
-            RuntimeError: If the model has no graph yet.
-            ValueError: For `k < 1` or a user id out of range.
-        """
-        self._require_graph()
-        ids = torch.as_tensor(user_ids, dtype=torch.long, device=self.device).reshape(-1)
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_users:
-            raise ValueError(f"user_ids must be in 0..{self.num_users - 1}, got {int(ids.min())}..{int(ids.max())}")
-        chunks = [
-            self._best(self.score_items(chunk), k, self._seen(chunk) if exclude_seen else None)
-            for chunk in torch.split(ids, chunk_size)
-        ]
-        return torch.cat([index for index, _ in chunks]), torch.cat([score for _, score in chunks])
-
-    @staticmethod
-    def _best(scores: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`top_k` of scores instead of embeddings; writes into them."""
-        if exclude is not None:
-            scores[exclude[0], exclude[1]] = float("-inf")
-        best, index = scores.topk(min(k, scores.size(1)), dim=-1)
-        return index.masked_fill(best == float("-inf"), -1), best

@@ -69,9 +69,9 @@ class SGQuantCallback(Callback):
         finetune_epochs: int = 0,
         calibration_batches: int = 1,
         buckets: DegreeBuckets | int | Sequence[int] | None = 4,
-        range: Range = "minmax",
+        range: Range = "mse",
         percentile: float = 0.999,
-        granularity: Granularity = "tensor",
+        granularity: Granularity = "auto",
         protect: tuple[float, float] | None = None,
         seed: int = 0,
         calibration_step: Callable[[LightningModule, Any], object] | None = None,
@@ -122,13 +122,9 @@ class SGQuantCallback(Callback):
     ) -> None:
         """Calibrate on a batch, unless it is of a kind that passes no messages."""
         assert self.quantizer is not None
+        self._check_step(pl_module)
         if self.calibration_step is not None:
             step = partial(self.calibration_step, pl_module)
-        elif not pl_module.automatic_optimization:
-            raise RuntimeError(
-                "SGQuantCallback calibrates by the module's training_step, which steps its optimizers itself with "
-                "automatic_optimization=False: give calibration_step=lambda module, batch: module(...)"
-            )
         try:
             with silent(pl_module), trainer.precision_plugin.forward_context():
                 self.quantizer.calibrate(lambda: step(batch), more=self.is_active)
@@ -137,6 +133,13 @@ class SGQuantCallback(Callback):
         self._seen += 1
         self.is_active = True
         self.quantizer.attach()
+
+    def _check_step(self, pl_module: LightningModule) -> None:
+        if self.calibration_step is None and not pl_module.automatic_optimization:
+            raise RuntimeError(
+                "SGQuantCallback calibrates by the module's training_step, which steps its optimizers itself with "
+                "automatic_optimization=False: give calibration_step=lambda module, batch: module(...)"
+            )
 
     # -- the fit -----------------------------------------------------------------------------------------------------
 
@@ -147,7 +150,9 @@ class SGQuantCallback(Callback):
         Raises:
             ValueError: If the plan names what there is not, the module has no message passing layers, or there is no
                 last epoch to count from.
+            RuntimeError: If the module steps its optimizers itself and there is no `calibration_step`.
         """
+        self._check_step(pl_module)
         if self.finetune_epochs and (trainer.max_epochs is None or trainer.max_epochs < 0):
             raise ValueError(
                 f"finetune_epochs={self.finetune_epochs} counts from the last epoch: give the Trainer max_epochs, "

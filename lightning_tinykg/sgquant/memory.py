@@ -52,12 +52,13 @@ class Memory:
     """Bytes of what a model stores of its nodes and edges, for the largest batch of the calibration.
 
     A tensor that is met at several places is counted once. Packed are the codes, each row whole bytes; a scale and a
-    zero of each range; and, if nodes of one tensor are stored in different ways, where each node is: four bytes a node,
-    once. Weights are not counted (an embedding table that is a place is), nor is the graph.
+    zero of each range; and, if nodes, or the edges that arrive at them, are stored in different ways, where each node
+    is: four bytes a node, once for the nodes of a graph, and once for each embedding table. Weights are not counted (an
+    embedding table that is a place is), nor is the graph.
 
     Attributes:
         stored: The rows, place by place.
-        order_bytes: Bytes of the nodes' order.
+        order_bytes: Bytes of where each node is.
         released_bits: Bits by the count of the paper's released code, which reproduces the figures in its comments: of
             each layer its input `x`, what messages are made of if that is not the input (`xW`), `x_i` and `x_j`
             gathered for every edge, and three attention tensors if the layer computes attention, or the one that it is
@@ -80,7 +81,7 @@ class Memory:
 
     @property
     def ratio(self) -> float:
-        """The first over the second."""
+        """`full_bytes` over `packed_bytes`."""
         return self.full_bytes / max(self.packed_bytes, 1)
 
     @cached_property
@@ -122,23 +123,42 @@ def measure(
         levels: How each is stored: one level, or one for each bucket.
         topologies: Names of the buckets.
     """
-    stored, moved = [], 0
+    stored = []
+    tables, orders = 0, set()  # rows of tables, which have an order of their own; and the nodes of a graph, by bucket
     for spot, site in sites.items():
         if not site.is_owner:
             continue
-        if len(levels[spot]) > 1 and not site.of_edges:
-            moved = max(moved, sum(site.rows))
+        if len(levels[spot]) > 1:
+            # an edge is stored as its receiver says, so that it is the nodes' order that is kept
+            kept = _outputs(sites, spot.layer) if site.of_edges else [site]
+            tables += sum(sum(one.rows) for one in kept if one.parameter is not None)
+            orders |= {tuple(one.rows) for one in kept if one.parameter is None}
+        parts = levels[spot] if len(levels[spot]) > 1 else None
+        before = 0  # rows of the buckets before, where all are one part
         for bucket, (rows, width) in enumerate(zip(site.rows, bits[spot], strict=True)):
             place = Place(spot.layer, spot.component, topologies[bucket])
-            level = levels[spot][bucket if len(levels[spot]) > 1 else 0]
-            # a part has a range of its own; what is all one part has one, which is counted with its first rows
-            scales = rows if level.per_row else 1 if len(levels[spot]) > 1 or bucket == 0 else 0
-            if site.of_edges and width < 32:
-                nbytes = runs_nbytes(rows, site.dim, width) + 8 * (scales - 1)
+            if parts is not None:
+                nbytes = _part_nbytes(site, parts[bucket], rows, is_whole=False)
             else:
-                nbytes = rows_nbytes(rows, site.dim, width, scales)
+                # of one part each bucket takes what it adds; its range is counted with the first
+                level, is_whole = levels[spot][0], width == 32
+                nbytes = _part_nbytes(site, level, before + rows, is_whole)
+                nbytes -= _part_nbytes(site, level, before, is_whole) if bucket else 0
+                before += rows
             stored.append(Stored(place, spot.name, rows, site.dim, width, nbytes))
-    return Memory(tuple(stored), 4 * moved, _released_bits(sites, bits))
+    return Memory(tuple(stored), 4 * (tables + sum(map(sum, orders))), _released_bits(sites, bits))
+
+
+def _outputs(sites: Mapping[Spot, Site], layer: str) -> list[Site]:
+    """What a layer puts out: a row for each node at which edges arrive."""
+    return [site for spot, site in sites.items() if (spot.layer, spot.component) == (layer, "update")]
+
+
+def _part_nbytes(site: Site, level: Level, rows: int, is_whole: bool) -> int:
+    """What the rows of a part take; all metadata of it included. A tensor that is whole is not packed."""
+    if site.of_edges and not is_whole:
+        return runs_nbytes(rows, site.dim, level.bits)
+    return rows_nbytes(rows, site.dim, level.bits, rows if level.per_row else 1)
 
 
 def _released_bits(sites: Mapping[Spot, Site], bits: Mapping[Spot, Sequence[int]]) -> float:

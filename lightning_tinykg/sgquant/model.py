@@ -185,6 +185,11 @@ class PackedModel(nn.Module):
                 f"{'' if place is None else f' for {place}'}; there are {', '.join(known)}"
             )
         levels, order = sites[fitting[0]].levels, None
+        if len(levels) > 1 and "." in fitting[0].name:
+            raise ValueError(
+                f"features of {fitting[0]} must be given as floats: they are of senders, whose degrees are "
+                "those of the layer's own edges"
+            )
         if len(levels) > 1:
             layers = (m for m in self.model.modules() if isinstance(m, MessagePassing))
             order = self._packing.order_of(edge_index, shape[0], fitting[0], next(layers).flow)

@@ -95,7 +95,7 @@ def _index(x: Any, indices: list[Tensor | None]) -> Any:
     if not isinstance(x, PackedFeatures) or len(indices) != 1 or indices[0] is None:
         return NotImplemented
     index = indices[0]
-    if index.dtype == torch.bool and index.dim() == 1:
+    if index.dtype == torch.bool and index.shape == (x.size(0),):
         index = index.nonzero().squeeze(1)
     return _pick(x, index)
 

@@ -47,7 +47,8 @@ class SGQuantizer(Places):
         model: Any module with message passing layers.
         plan: Widths of the places, 1 to 8, 16 and 32; a number for all, or a path of a saved plan.
         buckets: `DegreeBuckets`; a number of buckets, by quantile; split points; `None`: one for all degrees.
-        range: How calibration finds ranges: `"minmax"`, `"percentile"`, `"ema"` or `"mse"`, see `Observed`.
+        range: How calibration finds ranges: `"mse"`, `"minmax"`, `"percentile"` or `"ema"`, see `Observed`. At 1 and 2
+            bits the least and greatest value are poor levels.
         percentile: Share of the values below the upper end, for `range="percentile"`.
         granularity: What has a range of its own: `"tensor"`, `"bucket"`, or `"node"`, whose range is that of its row as
             it is stored, for 8 bytes a row; edges go by bucket then. `"auto"` is `"node"` for rows of at least 128
@@ -77,9 +78,9 @@ class SGQuantizer(Places):
         plan: BitPlan | int | str | Path = 8,
         *,
         buckets: DegreeBuckets | int | Sequence[int] | None = 4,
-        range: Range = "minmax",
+        range: Range = "mse",
         percentile: float = 0.999,
-        granularity: Granularity = "tensor",
+        granularity: Granularity = "auto",
         protect: tuple[float, float] | None = None,
         seed: int = 0,
     ) -> None:
@@ -114,7 +115,7 @@ class SGQuantizer(Places):
         before = self.sites, self.points
         if not more:
             self.points = ()
-        observer = Observer(self.model, self._new_range, self._bucket_of, dict(self.sites) if more else {})
+        observer = Observer(self.model, self._new_range, self._bucket_of, self.sites if more else {})
         try:
             self._observe(observer, run)
         except BaseException:

@@ -6,6 +6,7 @@ With the range `low .. high` a code of `b` bits stands for `low + scale * code`,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,7 +22,7 @@ _SAMPLE = 1 << 20
 """Values that percentiles are taken of, evenly spaced: sorting more would change nothing that is of use."""
 
 _QUANTILES = 513
-"""What a distribution is known by, where the range is to lose the least of it. Odd: there is a middle."""
+"""Values that a distribution is known by, where the range is to lose the least of it. Odd: there is a middle."""
 
 _MOMENTUM = 0.9
 """Weight of the past in the moving average, batch by batch of the calibration."""
@@ -67,14 +68,17 @@ def range_of_rows(x: Tensor, top: int | Tensor) -> tuple[Tensor, Tensor]:
     return scale_of(low, high, top), low
 
 
-def least_error(values: Tensor, bits: int) -> tuple[float, float]:
-    """The range in which rounding to `2**bits` levels loses the least: `argmin sum (x - Q(x))^2`.
+def least_error(values: Tensor, bits: int, weights: Tensor | None = None) -> tuple[float, float]:
+    """The range in which rounding to `2**bits` levels loses the least: `argmin sum w (x - Q(x))^2`.
 
-    A fixed grid is tried, both ends moving inwards towards the middle, then a finer one around its best.
+    A fixed grid is tried, each end at the middle value and a share `2^0, 2^-1, ..., 2^-16` of the way to the outermost
+    one, since what is best at few bits may be a small share of a range with outliers; then twice a finer grid around
+    the best. Of ranges that lose the same the widest is taken.
 
     Args:
-        values: Float32 `[n]`, ascending.
+        values: Float `[n]`, ascending, at least one.
         bits: The width.
+        weights: What each counts, `[n]`; `None`: all the same.
 
     Returns:
         The least and the greatest level.
@@ -83,19 +87,21 @@ def least_error(values: Tensor, bits: int) -> tuple[float, float]:
         >>> least_error(torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0]), bits=1)
         (-1.0, 1.0)
     """
-    low, high, middle = values[0], values[-1], values[len(values) // 2]
-    spans, best = (low - middle, high - middle), (torch.ones(()), torch.ones(()))
-    for step in (1 / 16, 1 / 128):
-        offsets = torch.arange(-16, 1) * step if step == 1 / 16 else torch.arange(-8, 9) * step
-        shares = [(share + offsets).clamp(0, 1) for share in best]
-        lows, highs = (middle + span * share for span, share in zip(spans, shares, strict=True))
-        pairs = torch.cartesian_prod(lows, highs)
+    values = values.double()
+    middle = values[len(values) // 2]
+    unit = (values[-1] - values[0]).clamp(min=torch.finfo(torch.float64).tiny)
+    values = (values - middle) / unit  # the square of a great value would overflow, that of a small one be 0
+    best = values.new_ones(2)
+    for exponents in (torch.arange(0, -17, -1), torch.arange(8, -9, -1) / 8, torch.arange(8, -9, -1) / 64):
+        shares = (best[:, None] * torch.exp2(exponents)).clamp(max=1)
+        pairs = torch.cartesian_prod(values[0] * shares[0], values[-1] * shares[1])
         zero, scale = pairs[:, 0], scale_of(pairs[:, 0], pairs[:, 1], 2**bits - 1)
         rows = values.expand(len(pairs), -1)
-        error = (rows - affine(nearest_codes(rows, scale, zero, bits), scale, zero)).square().sum(dim=1)
-        found = int(error.argmin())
-        best = (shares[0][found // len(highs)], shares[1][found % len(highs)])
-    return float(middle + spans[0] * best[0]), float(middle + spans[1] * best[1])
+        error = (rows - affine(nearest_codes(rows, scale, zero, bits), scale, zero)).square()
+        lost = error.sum(dim=1) if weights is None else error @ weights.double()
+        found = int(lost.argmin())
+        best = torch.stack([shares[0][found // len(exponents)], shares[1][found % len(exponents)]])
+    return float(middle + unit * values[0] * best[0]), float(middle + unit * values[-1] * best[1])
 
 
 class Observed:
@@ -146,13 +152,13 @@ class Observed:
                 self._add_to(index, *self._ends(part))
                 if self.kind == "mse":
                     values = _thinned(part)
-                    at = torch.linspace(0, values.numel() - 1, _QUANTILES, device=values.device).round().long()
+                    at = (_levels()[0] * values.numel()).long().to(values.device)
                     self.quantiles[index] += (values[at].cpu() - self.quantiles[index]) / self.seen[index]
         self._fitted.clear()
 
     def _ends(self, x: Tensor) -> tuple[float, float]:
         low, high = x.aminmax()
-        if not bool((high - low).isfinite() | (low.isfinite() & high.isfinite())):
+        if not bool(low.isfinite() & high.isfinite()):
             raise ValueError("values must be finite to be quantized, got NaN or infinity")
         if self.kind == "percentile" and self.percentile < 1:
             values = _thinned(x)
@@ -179,8 +185,12 @@ class Observed:
         """
         self.low, self.high = -most(-self.low), most(self.high)
         if self.kind == "mse":
+            # a rank that has seen nothing has no say
+            unseen = torch.tensor([count == 0 for count in self.seen])[:, None]
             lower, upper = self.quantiles.tensor_split([_QUANTILES // 2], dim=1)
-            self.quantiles = torch.cat([-most(-lower), most(upper)], dim=1)
+            lower, upper = lower.masked_fill(unseen, torch.inf), upper.masked_fill(unseen, -torch.inf)
+            agreed = torch.cat([-most(-lower), most(upper)], dim=1)
+            self.quantiles = agreed.where(agreed.isfinite(), 0.0)
             self._fitted.clear()
 
     def ends(self, bucket: int | None, bits: int) -> tuple[float, float]:
@@ -201,7 +211,7 @@ class Observed:
                 if self.kind != "mse":
                     return low[index], high[index]
                 if (index, bits) not in self._fitted:
-                    self._fitted[index, bits] = least_error(self.quantiles[index], bits)
+                    self._fitted[index, bits] = least_error(self.quantiles[index], bits, _levels()[1])
                 return self._fitted[index, bits]
         return 0.0, 0.0
 
@@ -215,6 +225,18 @@ class Observed:
         self.low, self.high, self.quantiles = (state[name].clone() for name in ("low", "high", "quantiles"))
         self.seen = list(state["seen"])
         self._fitted.clear()
+
+
+@cache
+@torch.inference_mode(False)
+def _levels() -> tuple[Tensor, Tensor]:
+    """Which quantiles a distribution is known by, and the share of the values that each stands for, float64.
+
+    They lie the closer, the nearer to the ends: the outermost stands for about one value in 100,000. Evenly spaced, a
+    single outlier would count as much as a five-hundredth of all values.
+    """
+    edges = (1 - torch.linspace(0, torch.pi, _QUANTILES + 1, dtype=torch.float64).cos()) / 2
+    return (edges[1:] + edges[:-1]) / 2, edges.diff()
 
 
 def _thinned(x: Tensor) -> Tensor:

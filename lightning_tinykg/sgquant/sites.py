@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ class Site:
         """Whether this is where the tensor was met first."""
         return self.owner == self.spot
 
+    def copy(self) -> Site:
+        """The same, to be added to."""
+        return replace(self, rows=list(self.rows), observed=deepcopy(self.observed))
+
     def state_dict(self) -> dict[str, Any]:
         """All of it, in tensors and primitives."""
         return {
@@ -87,11 +92,13 @@ class Observer:
         model: Whose parameters are looked for.
         new_range: Makes an empty range.
         bucket_of: Bucket of each row of a tensor of nodes, given the graph, the number of rows and their end.
-        sites: What earlier calibrations found; it is added to.
+        sites: What earlier calibrations found. They are copied: if this one fails, they are as they were.
     """
 
     def __init__(self, model: nn.Module, new_range: Any, bucket_of: Any, sites: dict[Spot, Site]) -> None:
-        self._new_range, self._bucket_of, self.sites = new_range, bucket_of, sites
+        self._new_range, self._bucket_of = new_range, bucket_of
+        self.sites = {spot: site.copy() for spot, site in sites.items()}
+        self._earlier_sites = frozenset(sites)
         self._met: list[tuple[StorageWeakRef, tuple[int, ...], Spot, bool]] = []
         self._parameters = {_storage(p): (name, p) for name, p in model.named_parameters() if p.dim() > 1}
         self._waiting: list[tuple[Site, Tensor]] = []  # of linear layers that were called before any graph was seen
@@ -180,9 +187,11 @@ class Observer:
             self._add(site, x, bucket)
 
     def finish(self) -> None:
-        """Leave out linear layers that took no rows of nodes."""
+        """Leave out linear layers that took no rows of nodes; an earlier calibration has found out which of its do."""
         for spot, site in list(self.sites.items()):
-            if site.is_owner and not site.of_edges and sum(site.rows) not in self.node_counts:
+            if spot in self._earlier_sites or not site.is_owner or site.of_edges:
+                continue
+            if sum(site.rows) not in self.node_counts:
                 self.sites = {s: other for s, other in self.sites.items() if other.owner != spot}
 
 

@@ -224,8 +224,8 @@ class Wiring:
         sizes = {item.size(0) for item in value if isinstance(item, Tensor) and item.dim()}
         met: list[Any] = []
         for k, item in enumerate(value):
-            if k and item is value[0]:
-                met.append(met[0])
+            if k and _is_head(item, value[0]):  # of a sampled batch: the first nodes, as they are stored
+                met.append(met[0] if item is value[0] else met[0][: item.size(0)])
                 continue
             # two kinds of nodes, or one: then the degree of a sender is its degree as a receiver
             end = k if len(sizes) > 1 else 1
@@ -305,6 +305,16 @@ def _values(edges: Tensor) -> Tensor:
 
 def _has_rows(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.size(0) == count
+
+
+def _is_head(part: Any, whole: Any) -> bool:
+    """Whether a tensor is the first rows of another."""
+    if part is whole:
+        return True
+    if not (isinstance(part, Tensor) and isinstance(whole, Tensor)) or part.dim() == 0 or is_sparse(whole):
+        return False
+    where = [(x.untyped_storage()._cdata, x.storage_offset(), x.stride(), x.shape[1:]) for x in (part, whole)]
+    return where[0] == where[1] and part.size(0) <= whole.size(0)
 
 
 def _is_of_nodes(value: Any, node_dim: int) -> bool:

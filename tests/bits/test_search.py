@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lightning_tinykg.bits import BitPlan
-from lightning_tinykg.bits.front import Front, NothingWithin, Trial, allowed_drop
+from lightning_tinykg.bits.front import Front
 from lightning_tinykg.bits.measuring import TrialFile
 from lightning_tinykg.bits.predicting import ModelMissing
 from lightning_tinykg.bits.search import AutoBitSelector, SearchFailed, random_search
@@ -120,6 +120,28 @@ def test_a_tolerance_of_nothing_still_asks_for_smaller_and_smaller_plans() -> No
     sizes = [trial.nbytes for trial in front.trials[40:]]
     assert len(set(sizes)) > len(sizes) / 4
     assert front.smallest_within(0).nbytes < 4 * 12  # what all entries take at the width that two of them need
+
+
+@pytest.mark.parametrize("measurements", [4, 6, 12])
+def test_no_plan_is_measured_twice_and_none_more_than_asked_for(measurements: int) -> None:
+    """Narrowing what has one width only gives a plan that is known."""
+    space = SearchSpace({("a", "x"): (1, 2, 4, 8), ("b", "x"): (8,), ("c", "y"): (1, 2, 4, 8), ("d", "y"): (2, 8)})
+    seen: list[Choice] = []
+
+    def measure(plan: BitPlan) -> float:
+        seen.append(bits_of(plan))
+        return 0.8 - 0.1 / sum(bits_of(plan))
+
+    search = AutoBitSelector(
+        space,
+        measure,
+        lambda plan: sum(bits_of(plan)),
+        measurements=measurements,
+        rounds=1,
+        per_round=3,
+        progress=False,
+    )
+    assert len(search.run().trials) == len(seen) == len(set(seen)) == measurements + 3
 
 
 @pytest.mark.parametrize("model", ["tree", pytest.param("forest", marks=pytest.mark.slow)])
@@ -366,104 +388,7 @@ def test_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
         TrialFile(other, {"seed": 0})
 
 
-# -- the space and the front -----------------------------------------------------------------------------------------
-
-
-def test_a_space_makes_plans_whose_last_match_decides() -> None:
-    space = SearchSpace({"convs": (4, 2), ("convs.1", "attention"): (8,), "head": (1, 32)}, default=16)
-    assert space.widths == ((2, 4), (8,), (1, 32))
-    plan = space.plan((2, 8, 32))
-    places = [("convs.0",), ("convs.1", "attention"), ("convs.1", "embedding"), ("head",), ("other",)]
-    assert [plan.bits_for(*place) for place in places] == [2, 8, 2, 32, 16]
-    assert space.uniform() == [(4, 8, 32), (2, 8, 32), (2, 8, 1)]
-
-
-def test_what_is_drawn_is_offered_and_small_plans_are_among_it() -> None:
-    space = SearchSpace({place: WIDTHS[number % 3 :] for number, place in enumerate(PLACES)})
-    rng = np.random.default_rng(0)
-    drawn = [space.draw(rng) for _ in range(400)]
-    drawn += [space.neighbour(drawn[n], rng) for n in range(400)]
-    drawn += [space.cross(drawn[n], drawn[n + 1], rng) for n in range(400)]
-    assert all(bits in widths for choice in drawn for bits, widths in zip(choice, space.widths, strict=True))
-    means = [np.mean(SPACE.draw(rng)) for _ in range(400)]
-    unrelated = SearchSpace({(f"layer-{n}", f"part-{n}", f"degree-{n}"): WIDTHS for n in range(12)})
-    mixed = [choice for choice in (unrelated.draw(rng) for _ in range(400)) if len(set(choice)) > 1]
-    assert any(max(choice) <= 3 for choice in mixed)
-    each_by_itself = rng.choice(WIDTHS, (400, len(PLACES))).mean(axis=1)
-    assert np.quantile(means, 0.1) < np.quantile(each_by_itself, 0.01)
-
-
-@pytest.mark.parametrize(
-    ("choices", "message"),
-    [
-        ({}, "choices must have at least one entry, got none"),
-        ({"a": ()}, r"choices\['a'\] must be some widths, such as \(2, 4, 8\), got \(\)"),
-        ({"a": 4}, r"choices\['a'\] must be some widths, .* got 4"),
-        ({"a": (2, 3.5)}, "bits of a must be one of .* got 3.5"),
-        ({"a": (2, 9)}, "bits of a must be one of .* got 9"),
-    ],
-)
-def test_what_is_no_space(choices: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SearchSpace(choices)
-
-
-def trial(nbytes: int, accuracy: float) -> Trial:
-    return Trial(BitPlan(default=8), nbytes, 8.0, (accuracy,), 0.5)
-
-
-FRONT = Front([trial(100, 0.70), trial(400, 0.80), trial(300, 0.65), trial(200, 0.795)], 0.80, 400)
-
-
-def test_within_a_tolerance_or_a_budget() -> None:
-    assert [point.nbytes for point in FRONT.points] == [100, 200, 400]
-    assert FRONT.smallest_within().nbytes == 200
-    assert FRONT.smallest_within(0.0049).nbytes == 400
-    assert FRONT.smallest_within("13%").nbytes == 100
-    assert FRONT.best_within(399).nbytes == 200
-    assert FRONT.best_within("1kB").nbytes == 400
-    with pytest.raises(
-        NothingWithin, match=r"within 99 bytes: the smallest has 100, and an accuracy of 0\.7"
-    ) as raised:
-        FRONT.best_within(99)
-    assert raised.value.nearest.nbytes == 100
-    poor = Front(FRONT.trials, reference=0.9, full_bytes=400)
-    with pytest.raises(NothingWithin, match=r"is within 0\.01 of 0\.9: the nearest has 0\.8, in 400 bytes") as raised:
-        poor.smallest_within(0.01)
-    assert raised.value.nearest.accuracy == 0.80
-
-
-def test_a_bound_is_met_where_only_rounding_says_otherwise() -> None:
-    assert 0.507 - 0.1 > 0.407
-    front = Front([trial(200, 0.507), trial(100, 0.407)], 0.507, 200)
-    assert front.smallest_within(0.1).nbytes == 100
-
-
-def test_a_front_needs_a_trial() -> None:
-    with pytest.raises(ValueError, match="trials must have one that did not fail, got 1 that did"):
-        Front([Trial(BitPlan(), 1, 8.0, error="no")], 0.8, 1)
-
-
-@pytest.mark.parametrize("tolerance", [True, math.nan, "-1%", "some", math.inf, None])
-def test_what_is_no_tolerance(tolerance: Any) -> None:
-    with pytest.raises(ValueError, match="tolerance must be"):
-        allowed_drop(tolerance, 0.8)
-
-
-def test_table_plot_and_json(tmp_path: Path) -> None:
-    lines = str(FRONT).splitlines()
-    assert "3 plans that no other of 4 beats" in lines[0]
-    (starred,) = [line for line in lines if "*" in line]
-    assert "200" in starred
-    assert "2.0x" in starred
-    figure = FRONT.plot(tmp_path / "front.png")
-    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
-    (line,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "front"]
-    assert list(line.get_ydata()) == [0.70, 0.795, 0.80]
-    failed = Front([*FRONT.trials, replace(FRONT.trials[0], accuracies=(), error="no")], 0.80, 400, "1%")
-    again = Front.from_json(failed.to_json())
-    assert again.trials == failed.trials
-    assert again.to_json() == failed.to_json()
+# -- the logger ------------------------------------------------------------------------------------------------------
 
 
 class Recorder:

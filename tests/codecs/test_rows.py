@@ -1,5 +1,7 @@
 """Packed rows: what they decode to is `affine(nearest_codes(x))` to the last bit, in the bytes that were counted."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +100,18 @@ def test_what_has_no_nearest_code_is_refused(bits: int) -> None:
     x[1, 2] = torch.nan
     with pytest.raises(ValueError, match="must have no NaN"):
         PackedRows.encode(x, bits, torch.ones(1), torch.zeros(1))
+
+
+@pytest.mark.parametrize("bits", CODES)
+@pytest.mark.parametrize(
+    ("scale", "zero"), [(0.0, 0.0), (-1.0, 0.0), (math.inf, 0.0), (math.nan, 0.0), (1.0, math.inf)]
+)
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_scale_that_makes_no_levels_is_refused(bits: int, scale: float, zero: float, by_row: bool) -> None:
+    scales, zeros = torch.ones(3 if by_row else 1), torch.zeros(3 if by_row else 1)
+    scales[-1], zeros[-1] = scale, zero
+    with pytest.raises(ValueError, match="scale must be positive, and scale and zero finite"):
+        PackedRows.encode(torch.ones(3, 4), bits, scales, zeros)
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_tinykg.data import BPRBatch, KGRecDataModule, SyntheticKG, TripleBatch, collaborative_graph
-from lightning_tinykg.data.loaders import RankingBatches, ShardedBatches
+from lightning_tinykg.data.datasets import RankingBatches
+from lightning_tinykg.data.loaders import ShardedBatches
 from lightning_tinykg.data.splits import ItemsByUser
 
 

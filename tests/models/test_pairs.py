@@ -161,6 +161,16 @@ def test_recommend_says_what_is_wrong(tiny: HeteroData) -> None:
         model.recommend([0], k=0)
 
 
+def test_recommend_is_an_evaluation_and_restores_the_mode(tiny: HeteroData) -> None:
+    model = Fixed()
+    model.set_graph(tiny)
+    modes = []
+    model.score_items = lambda user: modes.append(model.training) or model.SCORES[user].clone()  # type: ignore[method-assign,func-returns-value]  # spied on
+    assert model.recommend([0, 1], k=2, exclude_seen=False)[0].tolist() == [[0, 1], [3, 2]]
+    assert modes == [False]
+    assert model.training
+
+
 # -- under a Trainer ------------------------------------------------------------------------------------------------
 
 

@@ -1,19 +1,8 @@
-"""Small graphs and models of message passing layers, on one thread, so that sums repeat to the last bit."""
+"""A quiet Trainer."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -54,6 +54,22 @@ class AGNN(nn.Module):
         return self.lin2(F.dropout(x, self.dropout, self.training))
 
 
+class Sampled(nn.Module):
+    """As on a sampled batch: each layer has fewer nodes that receive, the first ones of those that send."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = pyg.GATConv((FEATURES, FEATURES), 8, add_self_loops=False)
+        self.conv2 = pyg.SAGEConv((8, 8), CLASSES)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        for conv in (self.conv1, self.conv2):
+            receiving = x[: (x.size(0) + 1) // 2]
+            edge_index = edge_index[:, (edge_index[0] < x.size(0)) & (edge_index[1] < receiving.size(0))]
+            x = conv((x, receiving), edge_index).relu()
+        return x
+
+
 class Embedded(nn.Module):
     """LightGCN, whose first layer takes the embedding table itself."""
 
@@ -92,6 +108,7 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
         "Transformer": lambda: Net(lambda a, b: pyg.TransformerConv(a, b, heads=2, concat=False)),
         "LGConv": LG,
         "KGATConv": lambda: Net(KGATConv, weight),
+        "Sampled": Sampled,
         "LightGCN": Embedded,
     }
     return makers

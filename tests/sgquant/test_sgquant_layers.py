@@ -113,7 +113,7 @@ def test_a_gcn_by_hand() -> None:
     x, edge_index = graph()
     conv = pyg.GCNConv(6, 4).eval()
     model = nn.ModuleDict({"conv": conv})
-    quantizer = SGQuantizer(model, componentwise(embedding=4, message=3, attention=2, update=5))
+    quantizer = SGQuantizer(model, componentwise(embedding=4, message=3, attention=2, update=5), range="minmax")
     quantizer.calibrate(lambda: conv(x, edge_index))
     looped, weight = gcn_norm(edge_index, None, NODES)
 
@@ -138,7 +138,7 @@ def test_attention_within_a_message_is_quantized_where_it_is_made() -> None:
 
     conv = pyg.TransformerConv(6, 4, heads=2).eval()
     conv.register_aggregate_forward_pre_hook(lambda module, args: seen.append(module._alpha))
-    quantizer = SGQuantizer(nn.ModuleList([conv]), componentwise(attention=1))
+    quantizer = SGQuantizer(nn.ModuleList([conv]), componentwise(attention=1), range="minmax")
     quantizer.calibrate(lambda: conv(x, edge_index))
     with quantizer:
         conv(x, edge_index)
@@ -152,7 +152,7 @@ def test_what_is_stored_is_the_tensor_before_a_dropout() -> None:
     """Else a kept value, 1 / (1 - p) as large, would be clipped, and a dropped one would not come back as 0."""
     x, edge_index = graph()
     model = Net(pyg.GCNConv, dropout=0.6)
-    quantizer = calibrated(model, BitPlan({("conv1", "embedding"): 2}, default=32))
+    quantizer = calibrated(model, BitPlan({("conv1", "embedding"): 2}, default=32), range="minmax")
     met: list[Tensor] = []
     model.conv1.register_forward_pre_hook(lambda module, args: met.append(args[0]))
     inner = model.conv1.lin  # behind the quantization
@@ -166,6 +166,38 @@ def test_what_is_stored_is_the_tensor_before_a_dropout() -> None:
     assert 0 < (mask == 0).sum() < mask.numel()
     assert torch.equal(met[0], x * mask)
     torch.testing.assert_close(met[1], stored(x, 2) * mask)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.6])
+def test_the_first_nodes_of_a_sampled_batch_are_stored_once_with_the_others(dropout: float) -> None:
+    """`conv((x, x[:size]), edges)`: the nodes that receive are read as they are stored among those that send."""
+    (x, edge_index), size = graph(), NODES // 2
+    edge_index = edge_index[:, edge_index[1] < size]
+
+    class Batch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = pyg.SAGEConv((6, 6), 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.dropout(x, dropout, self.training)
+            out: Tensor = self.conv((x, x[:size]), edge_index)
+            return out
+
+    model = Batch()
+    quantizer = SGQuantizer(model, BitPlan({("conv", "embedding"): 2}, default=32), range="minmax")
+    quantizer.calibrate(lambda: model(x))
+    assert [spot.name for spot in quantizer.sites if spot.component == "embedding"] == ["x.0"]
+    met: list[Any] = []
+    model.conv.register_propagate_forward_pre_hook(lambda module, args: met.append(args[2]["x"]))
+    with quantizer:
+        model.train()(x.requires_grad_()).sum().backward()
+    senders, receivers = met[0]
+    assert torch.equal(receivers, senders[:size])
+    kept = senders != 0
+    torch.testing.assert_close(senders, torch.where(kept, stored(x.detach(), 2) / (1 - dropout), 0))
+    assert x.grad is not None
+    assert x.grad[:size].abs().sum() > 0
 
 
 def test_features_that_come_again_are_quantized_anew_only_if_something_changed() -> None:

@@ -19,7 +19,6 @@ from lightning_tinykg.sgquant.granularity import (
 )
 from lightning_tinykg.sgquant.protecting import check_protect, protected_nodes, protection
 from lightning_tinykg.sgquant.quantize import Level, fake_quantize
-from lightning_tinykg.sgquant.ranges import Observed
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -125,85 +124,6 @@ def test_32_bits_is_the_tensor_itself() -> None:
     assert fake_quantize(x, [Level(32), Level(32)]) is x
     with pytest.raises(ValueError, match="bucket must be given for 2 levels, got None"):
         fake_quantize(x, [Level(32), Level(1, 0.0, 1.0)])
-
-
-# -- ranges ----------------------------------------------------------------------------------------------------------
-
-
-def test_min_and_max_by_bucket_and_over_batches() -> None:
-    observed = Observed(buckets=3)
-    observed.add(torch.tensor([[1.0, 2.0], [5.0, 6.0]]), torch.tensor([0, 1]))
-    observed.add(torch.tensor([[-1.0, 0.0]]), torch.tensor([1]))
-    assert observed.ends(0, 8) == (1, 2)
-    assert observed.ends(1, 8) == (-1, 6)
-    assert observed.ends(2, 8) == observed.ends(None, 8) == (-1, 6)  # nothing was seen there: all that was
-
-
-def test_a_percentile_leaves_outliers_out() -> None:
-    x = torch.linspace(0, 1, 1001)[:, None]
-    x[0], x[-1] = -1000.0, 1000.0
-    observed = Observed(1, "percentile", 0.99)
-    observed.add(x, None)
-    assert observed.ends(None, 8) == pytest.approx((0.01, 0.99))
-    assert Observed(1, "percentile", 1.0).ends(None, 8) == (0, 0)
-
-
-def test_a_moving_average_moves_by_a_tenth() -> None:
-    observed = Observed(1, "ema")
-    observed.add(torch.tensor([[0.0, 1.0]]), None)
-    observed.add(torch.tensor([[-1.0, 2.0]]), None)
-    assert observed.ends(None, 8) == pytest.approx((-0.1, 1.1))
-
-
-def test_ranks_agree_on_the_widest_range() -> None:
-    one, other = Observed(1), Observed(1)
-    one.add(torch.tensor([[0.0, 1.0]]), None)
-    other.add(torch.tensor([[-1.0, 0.5]]), None)
-    sent = [(-other.low).clone(), other.high.clone()]
-    one.agree(lambda value: torch.maximum(value, sent.pop(0)))
-    assert one.ends(None, 8) == (-1, 1)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_the_range_of_least_error_loses_less_than_the_widest(bits: int) -> None:
-    x = torch.randn(4000, 1) ** 3  # a few values are far out
-    lost = {}
-    for kind in ("minmax", "mse"):
-        observed = Observed(1, kind)
-        observed.add(x, None)
-        lost[kind] = (x - fake_quantize(x, [Level(bits, *observed.ends(None, bits))])).square().mean()
-    assert lost["mse"] < lost["minmax"]
-
-
-def test_the_range_of_least_error_keeps_what_fits_the_levels() -> None:
-    for bits in (1, 2, 4):
-        levels = torch.linspace(-1, 2, 2**bits)
-        observed = Observed(1, "mse")
-        observed.add(levels[torch.randint(2**bits, (500, 3))], None)
-        assert observed.ends(None, bits) == pytest.approx((-1, 2))
-
-
-def test_the_range_of_least_error_is_the_same_on_all_ranks_and_after_loading() -> None:
-    ranks = [Observed(1, "mse"), Observed(1, "mse")]
-    for observed in ranks:
-        observed.add(torch.randn(100, 4), None)
-    parts = {name: torch.stack([getattr(o, name) for o in ranks]) for name in ("low", "high", "quantiles")}
-    half = parts["quantiles"].size(2) // 2
-    for observed in ranks:
-        # what `agree` asks for, in its order: -low, high, and both halves of the distribution
-        answers = iter([-parts["low"].amin(0), parts["high"].amax(0), -parts["quantiles"].amin(0)[:, :half],
-                        parts["quantiles"].amax(0)[:, half:]])  # fmt: skip
-        observed.agree(lambda _, answers=answers: next(answers))  # type: ignore[misc]  # bound at once
-    assert ranks[0].ends(None, 2) == ranks[1].ends(None, 2)
-    loaded = Observed(1, "mse")
-    loaded.load_state_dict(ranks[0].state_dict())
-    assert loaded.ends(None, 2) == ranks[0].ends(None, 2)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_has_no_range(bad: float) -> None:
-    with pytest.raises(ValueError, match="must be finite"):
-        Observed(1).add(torch.tensor([[1.0, bad]]), None)
 
 
 # -- protection ------------------------------------------------------------------------------------------------------

@@ -129,13 +129,41 @@ def test_calibration_leaves_modes_and_random_numbers_alone() -> None:
 def test_more_batches_widen_the_ranges_and_another_calibration_forgets() -> None:
     x, edge_index = graph()
     model = Net(pyg.GCNConv).eval()
-    quantizer = SGQuantizer(model, buckets=None)
+    quantizer = SGQuantizer(model, buckets=None, range="minmax")
     spot = Spot("conv1", "embedding", "x")
     quantizer.calibrate(lambda: model(x, edge_index))
     quantizer.calibrate(lambda: model(3 * x, edge_index), more=True)
     assert quantizer.levels(spot)[0].high == float((3 * x).max())
     quantizer.calibrate(lambda: model(x, edge_index))
     assert quantizer.levels(spot)[0].high == float(x.max())
+
+
+def test_a_smaller_batch_leaves_no_linear_layer_out() -> None:
+    x, edge_index = graph()
+    model = AGNN().eval()
+    quantizer = calibrated(model)
+    places, rows = quantizer.places(), {spot: list(site.rows) for spot, site in quantizer.sites.items()}
+    fewer = edge_index[:, (edge_index < NODES - 10).all(dim=0)]
+    quantizer.calibrate(lambda: model(x[:-10], fewer), more=True)
+    assert quantizer.places() == places
+    assert {spot: list(site.rows) for spot, site in quantizer.sites.items()} == rows  # of the largest batch
+
+
+def test_a_calibration_that_fails_adds_nothing_to_the_earlier_ones() -> None:
+    x, edge_index = graph()
+    model = gat().eval()
+    quantizer = calibrated(model, range="mse")
+    before = repr(quantizer.state_dict())
+    broken = x.clone()
+    broken[3, 2] = float("nan")
+
+    def run() -> None:
+        model(9 * x, edge_index)
+        model(broken, edge_index)
+
+    with pytest.raises(ValueError, match="values must be finite"):
+        quantizer.calibrate(run, more=True)
+    assert repr(quantizer.state_dict()) == before
 
 
 def test_protected_nodes_are_left_in_training_only_and_by_step() -> None:
