@@ -30,7 +30,7 @@ class Report(Callback):
 def quiet_trainer(accelerator: str, **options: Any) -> L.Trainer:
     """A Trainer on one device that prints nothing."""
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(**quiet, num_sanity_val_steps=0, accelerator=accelerator, devices=1, **options)
+    return L.Trainer(**(quiet | options), num_sanity_val_steps=0, accelerator=accelerator, devices=1)
 
 
 def silence() -> None:

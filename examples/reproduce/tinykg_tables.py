@@ -1,0 +1,161 @@
+"""From the kept runs to tables, and to ``docs/results.md``: no number there is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from reporting import spread
+from tinykg_plots import plot
+from tinykg_ways import PLAIN, WAYS, label
+
+from lightning_tinykg.activations.ledger import format_bytes
+
+Row = dict[str, Any]
+
+METRICS = {"test/auc": "AUC", "test/f1": "F1", "test/recall@20": "Recall@20", "test/ndcg@20": "NDCG@20"}
+
+
+def read(path: Path) -> list[Row]:
+    """The kept runs of a file; none if it isn't there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def keep(path: Path, row: Row) -> None:
+    """Add a run. The file is written anew and put in place at once: whatever happens, its lines are whole."""
+    new = path.with_suffix(".tmp")
+    new.write_text("".join(json.dumps(one) + "\n" for one in [*read(path), row]))
+    new.rename(path)
+
+
+def by_way(rows: list[Row]) -> dict[str, list[Row]]:
+    """The runs of each way, in the order of the table."""
+    ways = sorted({row["way"] for row in rows}, key=WAYS.index)
+    return {way: sorted((row for row in rows if row["way"] == way), key=lambda row: row["seed"]) for way in ways}
+
+
+def metrics(rows: list[Row]) -> list[str]:
+    """The test metrics of these runs, the first of which decides."""
+    return [name for name in METRICS if name in rows[0]]
+
+
+def difference(rows: list[Row], way: str, to: str = "none") -> str:
+    """The first metric's mean relative difference between two ways, over the seeds that both have run with.
+
+    The number after the ± is the standard error of the mean, of the differences seed by seed.
+
+    Example:
+        >>> runs = [("none", 0, 0.5), ("none", 1, 0.7), ("2", 0, 0.5), ("2", 1, 0.6)]
+        >>> difference([{"way": way, "seed": seed, "test/auc": auc} for way, seed, auc in runs], "2")
+        '-8.33 ± 8.33 %'
+    """
+    name = metrics(rows)[0]
+    found = {key: {row["seed"]: row[name] for row in rows if row["way"] == key} for key in (way, to)}
+    seeds = sorted(found[way].keys() & found[to].keys())
+    if not seeds:
+        return "-"
+    base = mean(found[to][seed] for seed in seeds)
+    apart = [100 * (found[way][seed] - found[to][seed]) / base for seed in seeds]
+    error = f" ± {stdev(apart) / len(apart) ** 0.5:.2f}" if len(apart) > 1 else ""
+    return f"{round(mean(apart), 2) + 0.0:+.2f}{error} %"  # + 0.0: no minus before a zero
+
+
+def cells(rows: list[Row], way: str) -> dict[str, str]:
+    """What the table says of a way, by column, all as text."""
+    own = by_way(rows)[way]
+    out = {METRICS[name]: spread([row[name] for row in own]) for name in metrics(rows)}
+    out = {"activations": label(way), "seeds": str(len(own))} | out
+    out["to uncompressed"] = "" if way == "none" else difference(rows, way)
+    if "raw_mib" not in own[0]:
+        return out
+    raw, stored = (mean(row[name] for row in own) * 2**20 for name in ("raw_mib", "stored_mib"))
+    out |= {"raw": format_bytes(raw), "stored": format_bytes(stored), "x fewer": f"{raw / stored:.1f}"}
+    if way not in PLAIN:
+        raw, stored = (mean(row[name] for row in own) * 2**20 for name in ("mean_raw_mib", "mean_stored_mib"))
+        out |= {"mean stored": format_bytes(stored), "mean x fewer": f"{raw / stored:.1f}"}
+    out["epochs"] = f"{mean(row['epochs'] for row in own):.0f}"
+    out["s / epoch"] = f"{mean(row['seconds_per_epoch'] for row in own):.2f}"
+    return out
+
+
+def table(rows: list[Row]) -> str:
+    """A table in Markdown, a row for each way: mean and standard deviation over the seeds."""
+    names = ["activations", "seeds", *(METRICS[name] for name in metrics(rows)), "to uncompressed"]
+    names += ["raw", "stored", "x fewer", "mean stored", "mean x fewer", "epochs", "s / epoch"]
+    lines = [names, ["---" if name == "activations" else "---:" for name in names]]
+    for way in by_way(rows):
+        found = cells(rows, way)
+        lines.append([found.get(name, "") for name in names])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def commands(rows: list[Row]) -> list[str]:
+    """What makes these runs: a command for each set of seeds."""
+    seeds: dict[tuple[int, ...], list[str]] = {}
+    for way, own in by_way(rows).items():
+        seeds.setdefault(tuple(row["seed"] for row in own), []).append(way)
+    start = (
+        f"python examples/reproduce/tinykg.py --data PATH/TO/DATA --models {rows[0]['model']} --sets {rows[0]['set']}"
+    )
+    return [f"{start} --ways {' '.join(ways)} --seeds {' '.join(map(str, some))}" for some, ways in seeds.items()]
+
+
+def fill(words: str, rows: list[Row]) -> str:
+    """Numbers in place of ``{{WAY COLUMN}}`` and of ``{{WAY - WAY}}``, the difference of the two.
+
+    Raises:
+        ValueError: for what names no number.
+
+    Example:
+        >>> fill("It is {{2 AUC}}.", [{"way": "2", "seed": 0, "test/auc": 0.5}])
+        'It is 0.5000.'
+    """
+
+    def number(match: re.Match[str]) -> str:
+        way, _, rest = match[1].strip().partition(" ")
+        if way in by_way(rows):
+            if rest.startswith("- ") and rest[2:] in by_way(rows):
+                return difference(rows, way, rest[2:])
+            if found := cells(rows, way).get(rest):
+                return found
+        raise ValueError(f"{match[0]} must name a way of {', '.join(by_way(rows))} and a column or another way")
+
+    return re.sub(r"\{\{(.+?)\}\}", number, words)
+
+
+def render(results: Path, docs: Path) -> list[Path]:
+    """Write ``results.md`` and a plot for each kept table.
+
+    The words stand beside the results: ``before.md``, ``after.md``, and one beside each table that has any.
+
+    Args:
+        results: the folder of the kept runs.
+        docs: the folder to write to.
+
+    Returns:
+        The files that were written.
+    """
+    docs.mkdir(parents=True, exist_ok=True)
+    parts, written = [_words(results / "before.md")], []
+    for path in sorted(results.glob("*.jsonl")):
+        rows = read(path)
+        if not rows:
+            continue
+        image = docs / f"results-{path.stem}.png"
+        plot(by_way(rows), metrics(rows)[0], METRICS[metrics(rows)[0]], image)
+        written.append(image)
+        shown = "\n".join(commands(rows))
+        parts.append(f"## {rows[0]['model']} on {rows[0]['set']}\n\n```bash\n{shown}\n```\n\n{table(rows)}")
+        parts.append(f"![{rows[0]['model']} on {rows[0]['set']}]({image.name})")
+        parts.append(fill(_words(path.with_suffix(".md")), rows))
+    parts.append(_words(results / "after.md"))
+    page = docs / "results.md"
+    page.write_text("\n\n".join(part for part in parts if part) + "\n")
+    return [page, *written]
+
+
+def _words(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
