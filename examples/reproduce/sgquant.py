@@ -269,6 +269,7 @@ def run_all(args: argparse.Namespace, runs: Runs) -> None:
             for seed in args.seeds:
                 setting = Setting(runs, name, kind, seed)
                 quantizer = setting.quantizer(setting.model())
+                setting.measure("float32", uniform(32), "fine-tuned")  # what fine-tuning alone is worth
                 for plan_name in args.plans:
                     for way in ("as it is", "fine-tuned"):
                         setting.measure(plan_name, PLANS[plan_name](quantizer), way)
@@ -289,7 +290,7 @@ def show(args: argparse.Namespace, runs: Runs) -> list[Table]:
             rows = [row for row in runs.rows if row["set"] == name and row["model"] == kind]
             if not rows:
                 continue
-            full = {row["seed"]: row for row in rows if row["plan"] == "float32"}
+            full = {row["seed"]: row for row in rows if row["way"] == "trained"}
             table = Table(
                 "plan", "", "bits", "x fewer bytes", "released Mb", "x", "test accuracy, %", "to float32, points",
                 title=f"{kind} on {name}: {next(iter(full.values()))['full_bytes'] / 2**20:.2f} MiB in float32",
