@@ -172,6 +172,7 @@ def test_a_run_in_weights_and_biases(
     from offline_runs import records
 
     monkeypatch.setenv("WANDB_MODE", "offline")
+    pytest.importorskip("wandb").teardown()  # which reads the environment once, and may have done so in another test
     loggers: list[Any] = []
     make = modules["tinykg"].wandb_logger
     monkeypatch.setattr(modules["tinykg"], "wandb_logger", lambda *args: loggers.append(make(*args)) or loggers[-1])
