@@ -99,9 +99,8 @@ def best_predicted(
         assert bound is not None
         smallest_first = np.lexsort((-scores, nbytes))
         # a bound that is full precision's own accuracy can't be predicted to be surpassed
-        safe, daring = predictor.score(bound) + np.array(_MARGINS)
-        safe = min(safe, scores.max())
-        for least in np.linspace(safe, min(daring, safe + _MARGINS[1]), count):
+        safe = min(predictor.score(bound) + _MARGINS[0], scores.max())
+        for least in np.linspace(safe, safe - (_MARGINS[0] - _MARGINS[1]), count):
             enough = scores[smallest_first] >= least
             fresh = (int(place) for place in smallest_first[enough] if int(place) not in picked)
             picked.update(dict.fromkeys(islice(fresh, 1)))
