@@ -48,3 +48,18 @@ def wandb_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
     yield WandbLogger(project="tinykg", save_dir=tmp_path, mode="offline")
     wandb.finish()  # else the next logger would go on with this run
+
+
+@pytest.fixture
+def quiet(tmp_path: Any) -> dict[str, Any]:
+    """Arguments of a Trainer that prints nothing and leaves nothing."""
+    return {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": tmp_path,
+    }

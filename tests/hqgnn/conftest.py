@@ -1,4 +1,4 @@
-"""A small data set, and quiet Trainers."""
+"""A small data set."""
 
 from typing import Any
 
@@ -15,17 +15,3 @@ def make_data() -> Any:
         return KGRecDataModule(f"synthetic:{edges}", **({"batch_size": 256} | options))
 
     return make
-
-
-@pytest.fixture
-def quiet(tmp_path: Any) -> dict[str, Any]:
-    return {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": tmp_path,
-    }
