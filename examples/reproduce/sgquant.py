@@ -33,12 +33,17 @@ from torch_geometric.data import Data
 
 from lightning_tinykg.bits import BitPlan
 from lightning_tinykg.bits.front import NothingWithin
-from lightning_tinykg.bits.search import AutoBitSelector, random_search
+from lightning_tinykg.bits.search import AutoBitSelector
 from lightning_tinykg.bits.space import SearchSpace
 from lightning_tinykg.sgquant import SGQuantizer, componentwise, topologywise, uniform
 
 BUCKETS = 4
 WIDTHS = (1, 2, 3, 4, 6, 8)
+
+
+def one_width(bits: int) -> Callable[[SGQuantizer], BitPlan]:
+    """The same everywhere."""
+    return lambda _: uniform(bits)
 
 
 def layered(first: int, rest: int) -> Callable[[SGQuantizer], BitPlan]:
@@ -73,7 +78,7 @@ def any_matches(pattern: str | tuple[str, ...], names: list[Any]) -> bool:
 
 
 PLANS: dict[str, Callable[[SGQuantizer], BitPlan]] = {
-    **{f"uniform {bits}": lambda _, bits=bits: uniform(bits) for bits in (8, 4, 2, 1)},  # type: ignore[misc]
+    **{f"uniform {bits}": one_width(bits) for bits in (8, 4, 2, 1)},
     "LWQ 1, 8": layered(1, 8),
     "LWQ 2, 4": layered(2, 4),
     "CWQ 4, attention 1": lambda _: componentwise(embedding=4, message=4, attention=1, update=4),
@@ -240,25 +245,30 @@ class Setting:
             with quantizer:
                 return evaluate(model, self.data, self.data.val_mask)[0]
 
-        for way, select in (("search", AutoBitSelector), ("random", random_search)):
-            name = f"at the bytes of {bits} bits"
+        # random search measures as many plans, and predicts none
+        for way, measurements, rounds in (("search", 40, 4), ("random", 80, 0)):
 
-            def run(select: Callable[..., Any] = select) -> dict[str, Any]:
-                counts = {"measurements": 40, "rounds": 4, "per_round": 10}
-                if select is random_search:
-                    counts = {"measurements": 80}
-                front = select(
-                    self.space(quantizer), accuracy, lambda plan: quantizer.memory(plan).packed_bytes,
-                    budget=budget, seed=self.seed, reference=self.full["val"], progress=False, **counts,
-                )  # fmt: skip
-                found = (front.run() if isinstance(front, AutoBitSelector) else front).best_within(budget)
+            def run(measurements: int = measurements, rounds: int = rounds) -> dict[str, Any]:
+                front = AutoBitSelector(
+                    self.space(quantizer),
+                    accuracy,
+                    lambda plan: quantizer.memory(plan).packed_bytes,
+                    budget=budget,
+                    seed=self.seed,
+                    reference=self.full["val"],
+                    progress=False,
+                    measurements=measurements,
+                    rounds=rounds,
+                    per_round=10,
+                ).run()
+                found = front.best_within(budget)
                 quantizer.set_plan(found.plan)
                 with quantizer:
                     test, _ = evaluate(model, self.data, self.data.test_mask)
                 plan = found.plan
                 return {"val": found.accuracy, "test": test, "entries": plan.to_dict()} | self._memory(quantizer, plan)
 
-            self.runs.once(self.key | {"plan": name, "way": way}, run)
+            self.runs.once(self.key | {"plan": f"at the bytes of {bits} bits", "way": way}, run)
 
 
 def run_all(args: argparse.Namespace, runs: Runs) -> None:

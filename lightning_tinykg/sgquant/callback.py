@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_tinykg.bits.plan import BitPlan
 from lightning_tinykg.sgquant.calibrating import batches_for, silent
 from lightning_tinykg.sgquant.granularity import DegreeBuckets
+from lightning_tinykg.sgquant.model import PackedModel
 from lightning_tinykg.sgquant.places import Granularity, as_plan
 from lightning_tinykg.sgquant.quantizer import NoMessagesError, SGQuantizer
 from lightning_tinykg.sgquant.ranges import Range
@@ -244,19 +245,14 @@ class SGQuantCallback(Callback):
         if self.quantizer is not None:
             self.quantizer.detach()
 
-    def pack(self) -> Any:
+    def pack(self) -> PackedModel:
         """The module with its places really packed, for inference.
-
-        Returns:
-            A `PackedModel`.
 
         Raises:
             RuntimeError: If there was no calibration yet.
         """
         if self.quantizer is None or not self.is_active:
             raise RuntimeError("pack needs a calibrated module: fit, or test, with this callback first")
-        from lightning_tinykg.sgquant.model import PackedModel
-
         return PackedModel.from_quantizer(self.quantizer)
 
     @override

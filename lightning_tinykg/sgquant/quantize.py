@@ -88,7 +88,8 @@ def fake_quantize(
         return x
     if len(levels) > 1 and bucket is None:
         raise ValueError(f"bucket must be given for {len(levels)} levels, got None")
-    result: Tensor = FakeQuantize.apply(x, tuple(levels), bucket, protected)  # type: ignore[no-untyped-call]
+    arguments = (x, tuple(levels), bucket, protected)
+    result: Tensor = FakeQuantize.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not annotate it
     return result
 
 

@@ -21,7 +21,7 @@ def smaller_than_one_width(search: AutoBitSelector) -> BitPlan:
     found = front.smallest_within()
     assert front.reference - found.accuracy <= search.tolerance  # type: ignore[operator]  # a number here
     uniform = [search.space.plan(choice) for choice in search.space.uniform()]
-    within = [t for t in front.trials if t.plan in uniform and front.reference - t.accuracy <= search.tolerance]  # type: ignore[operator]
+    within = [t for t in front.trials if t.plan in uniform and front.reference - t.accuracy <= search.tolerance]  # type: ignore[operator]  # a number
     assert found.nbytes < min(trial.nbytes for trial in within)
     return found.plan
 
