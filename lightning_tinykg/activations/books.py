@@ -1,26 +1,30 @@
-"""What is kept so far, and who pays for it: the records, and the ledger's entries."""
+"""Who pays for what is kept: the ledger's entries."""
 
 from __future__ import annotations
 
 import weakref
-from collections import Counter, deque
-from typing import Any
-from weakref import WeakValueDictionary
+from collections import deque
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_tinykg.activations import changes
 from lightning_tinykg.activations.keeping import Record, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
-from lightning_tinykg.activations.storages import Layout, storage_id
+from lightning_tinykg.activations.storages import Layout
+from lightning_tinykg.activations.values import Values
 from lightning_tinykg.codecs.lossless import RawCode
-
-_BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 _DYING = 4
 """Ops within which a node that only gave an index has died."""
+
+_DTYPES: dict[torch.dtype, str] = {}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    if dtype not in _DTYPES:
+        _DTYPES[dtype] = str(dtype).removeprefix("torch.")
+    return _DTYPES[dtype]
 
 
 class Books:
@@ -28,78 +32,78 @@ class Books:
 
     Args:
         ledger: where they are written.
+        values: the storages.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, values: Values) -> None:
         self._ledger = ledger
-        # weak: what no save holds any more, after a backward within the context, nobody asks for
-        self._records: WeakValueDictionary[tuple[Any, ...], Record] = WeakValueDictionary()
-        self._references: dict[int, list[Entry]] = {}
-        self._storages: dict[int, tuple[StorageWeakRef, Entry]] = {}
+        self._values = values
         self._recent: deque[tuple[int, weakref.ref[Saved], Entry]] = deque()
         self._ops = 0
 
     def enter(self, module: str, op: str, codec: str, tensor: Tensor) -> Entry:
         """A new entry, which costs nothing yet."""
-        entry = Entry(module, op, codec, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        entry = Entry(module, op, codec, tuple(tensor.shape), _dtype_name(tensor.dtype))
         self._ledger.entries.append(entry)
         return entry
 
     def charge(self, saved: Saved, tensor: Tensor, entry: Entry) -> None:
         """Charge a storage's bytes to the first save that keeps it alive."""
+        self._strike_dead()
         self._recent.append((self._ops, weakref.ref(saved), entry))
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
-            self._storages[storage._cdata] = (StorageWeakRef(storage), entry)
-            entry.raw_bytes = storage.nbytes()
+        value = self._values.of(tensor)
+        if value.payer is None:
+            value.payer = entry
+            entry.raw_bytes = tensor.untyped_storage().nbytes()
 
     def refer(self, tensor: Tensor, entry: Entry) -> None:
         """Charge a reference for what it keeps alive: the whole storage, unless another reference does already."""
-        references = self._references.setdefault(storage_id(tensor), [])
+        references = self._values.of(tensor).references
         entry.stored_bytes = 0 if references else tensor.untyped_storage().nbytes()
         references.append(entry)
 
     def record(self, tensor: Tensor, layout: Layout) -> Record:
         """The record of a tensor's elements, a new one if there is none."""
-        key = _key(storage_id(tensor), layout, tensor.dtype, tensor._version)
-        record = self._records.get(key)
+        value = self._values.of(tensor)
+        record = value.record(layout, tensor.dtype, tensor._version)
         if record is None:
-            record = self._records[key] = Record(StorageWeakRef(tensor.untyped_storage()))
+            record = Record(value.storage)
+            value.keep(layout, tensor.dtype, tensor._version, record)
         return record
 
-    def find(self, storage: int, layout: Layout, dtype: torch.dtype, version: int) -> Record | None:
-        """The record of such elements, if there is one."""
-        return self._records.get(_key(storage, layout, dtype, version))
-
-    def next_op(self, func: Any) -> None:
+    def next_op(self, backward: bool) -> None:
         """An op begins: strike off what a node saved that died at once.
 
         A ``topk`` of which only the indices are used saves them, and is gone before the next few ops are.
+
+        Args:
+            backward: whether it is a backward: from there on, nodes die because they have done their work.
         """
         self._ops += 1
-        if func in _BACKWARDS:  # from here on, nodes die because they have done their work
-            self._recent.clear()
-        for _ in range(len(self._recent)):
-            noted, saved, entry = self._recent.popleft()
-            if saved() is None:
-                self._strike(entry)
-            elif self._ops - noted < _DYING:
-                self._recent.append((noted, saved, entry))
+        recent = self._recent
+        if recent:
+            self._strike_dead()
+            while recent and (backward or self._ops - recent[0][0] >= _DYING):
+                recent.popleft()
+
+    def _strike_dead(self) -> None:
+        dead = [noted for noted in self._recent if noted[1]() is None]
+        for noted in dead:
+            self._recent.remove(noted)
+            self._strike(noted[2])
 
     def _strike(self, entry: Entry) -> None:
-        for storage, references in list(self._references.items()):
-            others = [reference for reference in references if reference is not entry]
-            if len(others) == len(references):
-                continue
-            if others:
-                others[0].stored_bytes += entry.stored_bytes
-                self._references[storage] = others
-            else:
-                del self._references[storage]
-        for key in [key for key, record in self._records.items() if record.entry is entry]:
-            del self._records[key]
-        for storage in [storage for storage, (_, payer) in self._storages.items() if payer is entry]:
-            del self._storages[storage]
+        for value in self._values:
+            if value.payer is entry:
+                value.payer = None
+            others = [reference for reference in value.references if reference is not entry]
+            if len(others) < len(value.references):
+                value.references = others
+                if others:
+                    others[0].stored_bytes += entry.stored_bytes
+            for record in value.records:
+                if record.entry is entry:
+                    value.drop(record)
         entry.raw_bytes = entry.stored_bytes = 0
 
     def lend(self, record: Record) -> None:
@@ -118,18 +122,14 @@ class Books:
 
     def close(self) -> None:
         """The forward is over: leave out what the user still holds, and let go of everything."""
-        alive = Counter(key[0] for key, record in self._records.items() if record.reference is not None)
-        for storage, (weak, entry) in self._storages.items():
+        for value in self._values:
+            storage = value.storage
+            if value.payer is None or storage.expired():
+                continue
+            alive = sum(record.reference is not None for record in value.records)
             # besides our references, the storage's Python object counts
-            if not weak.expired() and torch._C._storage_Use_Count(storage) > alive[storage] + 1:
-                entry.raw_bytes = 0
-                for reference in self._references.get(storage, ()):
+            if torch._C._storage_Use_Count(storage.cdata) > alive + 1:
+                value.payer.raw_bytes = 0
+                for reference in value.references:
                     reference.stored_bytes = 0
-        self._records.clear()
-        self._references.clear()
-        self._storages.clear()
-
-
-def _key(storage: int, layout: Layout, dtype: torch.dtype, version: int) -> tuple[Any, ...]:
-    geometry = () if layout.dense else (layout.shape, layout.stride)
-    return (storage, layout.offset, layout.numel, dtype, version, geometry)
+        self._values.clear()

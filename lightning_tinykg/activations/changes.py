@@ -8,9 +8,7 @@ between their backwards). What is not seen (``weight.data`` changed by hand) rai
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +29,8 @@ LENT: WeakKeyDictionary[Record, Books] = WeakKeyDictionary()
 def before_change(tensors: Iterable[Tensor]) -> None:
     """Tensors are about to be changed: copy what is still to be made again from them."""
     storages = {storage_id(tensor) for tensor in tensors if is_plain(tensor)}
+    if not storages:
+        return
     for record, books in list(LENT.items()):
         if record.storage.cdata in storages:
             del LENT[record]
@@ -43,39 +43,3 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 register_optimizer_step_pre_hook(_before_step)
-
-
-def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an op changes: by ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``; None if nothing.
-
-    Example:
-        >>> import torch
-        >>> x = torch.ones(2)
-        >>> written(torch.Tensor.add_, (x, 1), {})[1] is x, written(torch.add, (x, 1), {})
-        (True, [None])
-    """
-    name = getattr(func, "__name__", "").partition(".")[0]
-    if name.startswith("__"):
-        in_place = name == "__setitem__" or (name.startswith("__i") and name[3:-2] in _OPERATORS)
-    elif name == "embedding":  # renormalises the rows that it looks up
-        in_place = kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)
-        return [*args[1:2], kwargs.get("weight")] if in_place else None
-    else:
-        place = _place_of_inplace(func)
-        in_place = name.endswith("_") or kwargs.get("inplace") is True or (place < len(args) and args[place] is True)
-    return [kwargs.get("out"), *(args[:1] if in_place else ())]
-
-
-_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-
-_NOWHERE = 1000
-
-
-@cache
-def _place_of_inplace(func: Any) -> int:
-    """Which positional argument of a function is ``inplace``."""
-    try:
-        names = list(inspect.signature(func).parameters)
-    except (TypeError, ValueError):  # a builtin; those with such an argument have a function around them
-        return _NOWHERE
-    return names.index("inplace") if "inplace" in names else _NOWHERE

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, distributed, nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
+from lightning_tinykg.activations.costs import RECOMPUTE
 from lightning_tinykg.activations.keeper import Keeper
 from lightning_tinykg.activations.keeping import Saved, not_compiled
 from lightning_tinykg.activations.ledger import Ledger
@@ -68,6 +69,9 @@ class compress_activations:
         seed: seed of the noise, which is private: PyTorch's generators are not touched.
         min_bytes: tensors smaller than this are kept as they are.
         recipe: ``"rules"``, or ``"paper"`` for TinyKG to the letter: every float, row by row, float32 scales.
+        recompute: what is not kept, but made again in the backward from what is kept anyway or is far smaller:
+            ``"cheap"``, gathered rows and short chains of cheap ops that are worth their time; ``"aggressive"``,
+            longer chains and larger matrix products too, for the least memory; ``"off"``, nothing.
         modules: where to compress: module paths (wildcards allowed), class names or classes; a string that starts
             with ``!`` excludes. A module stands for all within it. None: everywhere.
         root: the module that paths start from. None: the outermost module called.
@@ -97,6 +101,7 @@ class compress_activations:
         seed: int = 0,
         min_bytes: int = 1024,
         recipe: str = "rules",
+        recompute: str = "cheap",
         modules: Sequence[Pattern] | None = None,
         root: nn.Module | None = None,
     ) -> None:
@@ -112,6 +117,8 @@ class compress_activations:
             raise ValueError(f"recipe must be one of {', '.join(map(repr, RECIPES))}, got {recipe!r}")
         if recipe == "paper" and bits == 32:
             raise ValueError("recipe='paper' has no exact mode: bits must be one of 1, 2, 4, 8, got 32")
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(map(repr, RECOMPUTE))}, got {recompute!r}")
         self.plan = plan
         """Which bits where; with a budget, what is chosen is in :attr:`plan_in_force`."""
         self.planner = None if budget is None else Planner(Budget.parse(budget))
@@ -127,6 +134,7 @@ class compress_activations:
         self.seed = seed
         self.min_bytes = min_bytes
         self.recipe = recipe
+        self.recompute = recompute
         if isinstance(modules, str):
             raise ValueError(f"modules must be a list of patterns, got the string {modules!r}: write [{modules!r}]")
         self.modules = modules
@@ -176,12 +184,13 @@ class compress_activations:
             group_size=self.group_size,
             min_bytes=self.min_bytes,
             by_rules=self.recipe == "rules",
+            recompute=self.recompute,
             key=make_key(self.seed, rank, self.step),
             ledger=ledger,
         )
         if self.planner is not None and self.planner.is_due:
             keeper.rounded = {}
-        observer = Observer(keeper, ModuleTracker(keeper.provenance, self.modules, self.root))
+        observer = Observer(keeper, ModuleTracker(keeper.values, self.modules, self.root))
         with ExitStack() as stack:
             stack.enter_context(observer.tracker)
             stack.push(observer.leave)

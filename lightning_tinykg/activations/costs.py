@@ -1,64 +1,136 @@
-"""What it would take to keep a tensor: its own code, or what it can be made again from."""
+"""What it would take to keep a tensor: its own code, or what it can be made again from; in bytes, and in work."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_tinykg.activations.books import Books
 from lightning_tinykg.activations.keeping import Record
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
+from lightning_tinykg.activations.repeatable import BOUNDED, LINEAR, SAME, SATURATES
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
-from lightning_tinykg.activations.storages import Layout, Provenance, is_freed
+from lightning_tinykg.activations.storages import Layout, is_freed
 from lightning_tinykg.activations.widths import Widths
 
-_MAX_DEPTH = 4
-"""Ops in a row that are run again at the most."""
+
+class Worth(NamedTuple):
+    """What work is done to save memory.
+
+    Attributes:
+        per_byte: bytes of work that saving one byte is worth.
+        passes: bytes of work for each byte of a tensor that is made again, at the most.
+    """
+
+    per_byte: float
+    passes: float
+
+
+RECOMPUTE = {"off": Worth(0, 0), "cheap": Worth(48, 20), "aggressive": Worth(1000, 1000)}
+"""By setting: what work is done. Twenty passes are three narrow layers
+with their activations, or one that adds up two."""
+
+_MOST_COUNTED = 256
+"""Recipes and tensors to look at, at the most."""
+
+
+class Cost(NamedTuple):
+    """What a form takes.
+
+    Attributes:
+        nbytes: bytes that are kept for it and not kept yet; infinity where it is impossible.
+        work: bytes that are moved to make the tensor again.
+    """
+
+    nbytes: float
+    work: float
+
+
+_FREE = Cost(0, 0)
+_IMPOSSIBLE = Cost(math.inf, 0)
 
 
 class Costs:
-    """Counts bytes, and keeps nothing.
+    """Counts, and keeps nothing.
 
     Args:
-        books: what is kept already, and so costs nothing more.
         widths: the width of what is rounded.
-        provenance: what is the user's, and so costs nothing.
+        recompute: a key of :data:`RECOMPUTE`.
     """
 
-    def __init__(self, books: Books, widths: Widths, provenance: Provenance) -> None:
-        self._books = books
+    def __init__(self, widths: Widths, recompute: str) -> None:
         self._widths = widths
-        self._provenance = provenance
+        self._worth = RECOMPUTE[recompute]
 
-    def recipe_cost(self, recipe: Recipe, least: int, depth: int = 0) -> float:
-        """The bytes it would take to keep what a recipe starts from as well; infinity where that is gone."""
-        if depth > _MAX_DEPTH:
-            return math.inf
-        least = 32 if recipe.pointwise else least
-        return sum(self.ingredient_cost(ingredient, least, depth) for ingredient in recipe.ingredients())
+    def pays(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int) -> bool:
+        """Whether making a tensor again is better than keeping its own code of at least ``least`` bits."""
+        own = self.own_cost(tensor, rule, least)
+        cost = self.of_recipe(recipe, least, own, [])
+        share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
+        return cost.nbytes < own and self._is_worth(share * cost.work, own - cost.nbytes, tensor.nbytes)
 
-    def ingredient_cost(self, ingredient: Ingredient, least: int, depth: int) -> float:
-        """The bytes it would take to keep one of them: by its own code, or by its own recipe."""
+    def needed(self, recipe: Recipe, least: int) -> int:
+        """The least width of what a recipe starts from, so that it makes what ``least`` bits would restore."""
+        carries = recipe.repeatable.carries
+        if least == 32 or carries is SAME:
+            return least
+        if self._widths.literal:  # what is made of what must not change with the widths, or no plan would hold
+            return 32
+        # a product is linear in each factor alone
+        if carries is LINEAR or (recipe.repeatable.product and any(i.free for i in recipe.ingredients)):
+            return self._widths.raised(least)
+        # the result's range may be far smaller than the arguments': 8 bits of these may be 4 of it
+        return 8 if carries is BOUNDED or (carries is SATURATES and least <= 4) else 32
+
+    def of_recipe(self, recipe: Recipe, least: int, most: float, counted: list[object]) -> Cost:
+        """What a recipe takes.
+
+        Args:
+            recipe: the recipe.
+            least: the width that what it makes is to be worth.
+            most: bytes above which it is of no use.
+            counted: what has been counted already, and costs nothing more; what this takes is added.
+        """
+        if recipe in counted:
+            return _FREE
+        mark = len(counted)
+        counted.append(recipe)
+        least = self.needed(recipe, least)
+        if recipe.makings.get(least) is not None:  # another save has seen to all of it
+            return Cost(0, recipe.work)
+        nbytes, work = 0.0, recipe.work
+        for ingredient in recipe.ingredients:
+            cost = self.of_ingredient(ingredient, least, most - nbytes, counted)
+            nbytes += cost.nbytes
+            work += cost.work
+            if nbytes >= most or len(counted) > _MOST_COUNTED:
+                del counted[mark:]
+                return _IMPOSSIBLE
+        return Cost(nbytes, work)
+
+    def of_ingredient(self, ingredient: Ingredient, least: int, most: float, counted: list[object]) -> Cost:
+        """What one of them takes: nothing, its own code, or its own recipe."""
         tensor = ingredient.tensor()
-        if tensor is not None and self.is_free(ingredient, tensor):
-            return 0
+        if (tensor is not None and ingredient.free) or ingredient.value in counted:
+            return _FREE
         least = least if ingredient.floating else 32
-        own = self.cost(ingredient, tensor, least)
-        if not own or ingredient.recipe is None:
-            return own
-        return min(own, self.recipe_cost(ingredient.recipe, least, depth + 1))
+        if kept_record(ingredient, least) is not None:
+            return _FREE
+        own = math.inf if tensor is None else self._code(Layout.of(tensor), tensor.itemsize, least)
+        if ingredient.recipe is not None:
+            mark, most = len(counted), min(own, most)
+            cost = self.of_recipe(ingredient.recipe, least, most, counted)
+            gone = tensor is None  # then there is no choice, and the work is judged by what it is for
+            if cost.nbytes < most and (gone or self._is_worth(cost.work, own - cost.nbytes, ingredient.recipe.nbytes)):
+                return cost
+            del counted[mark:]
+        if ingredient.offset == 0 and tensor is not None:
+            counted.append(ingredient.value)
+        return Cost(own, 0)
 
-    def is_free(self, ingredient: Ingredient, tensor: Tensor) -> bool:
-        """Whether an ingredient is the user's, and can be referred to: a weight, or an index."""
-        return ingredient.weight or (not ingredient.floating and self._provenance.is_users(tensor, (tensor,)))
-
-    def kept_record(self, ingredient: Ingredient, least: int) -> Record | None:
-        """The record of an ingredient, if it is kept well enough already."""
-        record = self._books.find(ingredient.storage.cdata, ingredient.layout, ingredient.dtype, ingredient.version)
-        if record is None or record.bits < least:
-            return None
-        return None if record.reference is not None and is_freed(record.reference.alias) else record
+    def _is_worth(self, work: float, saved: float, nbytes: int) -> bool:
+        return work <= min(self._worth.per_byte * saved, self._worth.passes * nbytes)
 
     def own_cost(self, tensor: Tensor, rule: Rule, least: int) -> int:
         """The bytes of a tensor's own code."""
@@ -66,15 +138,16 @@ class Costs:
             return tensor.numel() // 8
         if rule is SIGN:
             return tensor.numel() // 4
-        return min(self._widths.size(Layout.of(tensor), least), tensor.nbytes) if least < 32 else tensor.nbytes
+        return self._code(Layout.of(tensor), tensor.itemsize, least)
 
-    def cost(self, ingredient: Ingredient, tensor: Tensor | None, least: int) -> float:
-        """The bytes it would take to keep an ingredient as well; infinity where it is gone."""
-        if self.kept_record(ingredient, least) is not None:
-            return 0
-        if tensor is None:
-            return math.inf
-        layout = Layout.of(tensor)
-        if ingredient.floating and least < 32:
-            return self._widths.size(layout, least)
-        return layout.numel * tensor.itemsize
+    def _code(self, layout: Layout, itemsize: int, least: int) -> int:
+        raw = layout.numel * itemsize
+        return min(self._widths.size(layout, least), raw) if least < 32 else raw
+
+
+def kept_record(ingredient: Ingredient, least: int) -> Record | None:
+    """The record of an ingredient, if it is kept well enough already."""
+    record = ingredient.value.record(ingredient.layout, ingredient.dtype, ingredient.version)
+    if record is None or record.bits < least:
+        return None
+    return None if record.reference is not None and is_freed(record.reference.alias) else record

@@ -9,6 +9,7 @@ what stands between, an addition or a clamp, nothing is saved at all. So the use
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 FRAGILE = frozenset({"Sigmoid.result", "Softmax.result", "Exp.result", "Exp2.result", "Expm1.result"})
@@ -29,22 +30,40 @@ _AMPLIFYING = frozenset(
 _QUOTIENTS = frozenset({"div", "divide", "true_divide", "div_", "__truediv__"})
 
 
-def amplified(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments of an op whose error may be blown up by what it leads to.
+class Amplified(Enum):
+    """Which arguments of a function have their error blown up, or may have by what it leads to."""
 
-    Example:
-        >>> import torch
-        >>> amplified(torch.add, (1, 2), {}), amplified(torch.mul, (1, 2), {}), amplified(torch.div, (1, 2), {})
-        ((1, 2), (), (2,))
-    """
-    name = getattr(func, "__name__", "").partition(".")[0]
-    if name == "__getitem__" and _is_view(args[1]):
-        return ()
-    if name in _AMPLIFYING:
+    NONE = "none"
+    ALL = "all"
+    PICKED = "all, if anything is picked"
+    FIRST = "the first"
+    SECOND = "the second"
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """These arguments.
+
+        Example:
+            >>> [amplified_by(name).of((1, 2), {}) for name in ("add", "mul", "div")]
+            [(1, 2), (), (2,)]
+        """
+        if self is Amplified.NONE or (self is Amplified.PICKED and _is_view(args[1])):
+            return ()
+        if self is Amplified.FIRST:
+            return args[:1]
+        if self is Amplified.SECOND:
+            return (*args[1:], kwargs.get("other"))[:1]
         return (*args, *kwargs.values())
+
+
+def amplified_by(name: str) -> Amplified:
+    """Which of a function's arguments are amplified, by its name."""
+    if name == "__getitem__":
+        return Amplified.PICKED
+    if name in _AMPLIFYING:
+        return Amplified.ALL
     if name in _QUOTIENTS:
-        return (*args[1:], kwargs.get("other"))[:1]
-    return args[:1] if name in ("__rtruediv__", "__rdiv__") else ()
+        return Amplified.SECOND
+    return Amplified.FIRST if name in ("__rtruediv__", "__rdiv__") else Amplified.NONE
 
 
 def _is_view(index: Any) -> bool:

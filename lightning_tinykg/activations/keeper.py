@@ -13,22 +13,24 @@ from torch import Tensor
 
 from lightning_tinykg.activations import changes
 from lightning_tinykg.activations.books import Books
-from lightning_tinykg.activations.costs import Costs
-from lightning_tinykg.activations.fragile import FRAGILE, amplified
+from lightning_tinykg.activations.costs import Costs, kept_record
+from lightning_tinykg.activations.fragile import FRAGILE
+from lightning_tinykg.activations.functions import Function
 from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Reference, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
 from lightning_tinykg.activations.remaking import Making, Remade
+from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT
 from lightning_tinykg.activations.rules import ANGLE, EXACT, LINEAR, MASK, SHAPE, SIGN, Need, Rule, Side, rule_for
 from lightning_tinykg.activations.sensitivity import Rounded
 from lightning_tinykg.activations.storages import (
     Layout,
-    Provenance,
     is_plain,
     node_name,
     storage_id,
     tensors_in,
 )
+from lightning_tinykg.activations.values import Values
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.bits.plan import BitPlan
@@ -54,38 +56,46 @@ class Keeper:
         group_size: elements that share a scale; None: by width.
         min_bytes: what is smaller is kept as it is.
         by_rules: by the table of rules, or every float as in the paper.
+        recompute: how much work a byte is worth: ``"off"``, ``"cheap"`` or ``"aggressive"``.
         key: key of the noise.
         ledger: where to write down what is kept.
     """
 
     def __init__(
-        self, *, plan: BitPlan, group_size: int | None, min_bytes: int, by_rules: bool, key: int, ledger: Ledger
+        self,
+        *,
+        plan: BitPlan,
+        group_size: int | None,
+        min_bytes: int,
+        by_rules: bool,
+        recompute: str,
+        key: int,
+        ledger: Ledger,
     ) -> None:
         self.ledger = ledger
-        self.provenance = Provenance()
+        self.values = Values()
         self.workspace = Workspace()
         self.widths = Widths(plan, group_size)
         self._min_bytes = min_bytes
         self._by_rules = by_rules
         self._key = key
-        self._books = Books(ledger)
-        self._costs = Costs(self._books, self.widths, self.provenance)
+        self._books = Books(ledger, self.values)
+        self._costs = Costs(self.widths, recompute)
         self._draws = 0
         self.rounded: dict[Record, Rounded] | None = None
         """Where it is asked for: the records that are rounded, and where they were saved."""
-        self._recipes = RecipeBook(min_bytes)
-        self._makings: WeakValueDictionary[tuple[int, int, int], Making] = WeakValueDictionary()
+        self._recipes = RecipeBook(self.values, min_bytes) if by_rules and recompute != "off" else None
         self._fragile: WeakValueDictionary[int, Record] = WeakValueDictionary()
 
     # -- what the forward does ----------------------------------------------------------------------------------
 
-    def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op is about to run: if it writes in place what something is to be made from again, copy that first."""
-        self._books.next_op(func)
+        self._books.next_op(function.backward)
         if changes.LENT:
-            changes.before_change(tensors_in(changes.written(func, args, kwargs)))
+            changes.before_change(tensors_in(function.written(args, kwargs)))
         if self._fragile:
-            self._keep_fragile(tensors_in(amplified(func, args, kwargs)))
+            self._keep_fragile(tensors_in(function.amplified.of(args, kwargs)))
 
     def _keep_fragile(self, tensors: Iterable[Tensor]) -> None:
         """Keep what was rounded exactly, since an op uses it that may blow up its error."""
@@ -96,29 +106,44 @@ class Keeper:
                 with torch.no_grad(), torch._C.DisableTorchFunction():
                     self._value(whole.detach(), 32, record.entry)
 
-    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inputs: list[Tensor]) -> None:
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An op has run: note whose memory its results are, and how they can be made again."""
-        self.provenance.made(tensors_in(out), inputs)
-        if self._by_rules:
+        self.values.made(out, (args, kwargs))
+        if self._recipes is not None:
             self._recipes.note(func, args, kwargs, out)
+
+    def observe_dropout(self, args: tuple[Any, ...], out: Tensor) -> None:
+        """A dropout has run, and its mask is kept: that is all it takes to repeat it."""
+        node = out.grad_fn
+        name = "" if node is None else node_name(node)
+        if self._recipes is None or name not in ("Mul", "NativeDropout") or not isinstance(args[0], Tensor):
+            return
+        fused = name == "NativeDropout"
+        saved = (node._raw_saved_result1 if fused else node._raw_saved_other).data  # type: ignore[union-attr]
+        if not isinstance(saved, Saved) or not isinstance(saved.kept, Levels):
+            return
+        if not fused:
+            self._recipes.write(DROPOUT, (args[0], saved.kept), {}, out)
+        elif self.widths.bits < 32:
+            scale = 1 / (1 - node._saved_p)  # type: ignore[union-attr]
+            self._recipes.write(FUSED_DROPOUT, (args[0], saved.kept, scale), {}, out)
 
     def finish(self) -> None:
         """The forward is over: leave out of the count what the user still holds, and let go of everything."""
-        self._recipes.clear()
-        self._makings.clear()
+        self.values.forget_recipes()
         self._fragile.clear()
         self._books.close()
 
     # -- what is kept -------------------------------------------------------------------------------------------
 
-    def keep(self, saved: Saved, node: Any, attribute: str, inputs: list[Tensor] | None, op: str) -> Entry:
+    def keep(self, saved: Saved, node: Any, attribute: str, given: Any, op: str) -> Entry:
         """Keep a save whose node and attribute are known (or None).
 
         Args:
             saved: the handle; its raw tensor is let go of.
             node: the autograd node, or None.
             attribute: its saved attribute; without a node, the name of one that hides it.
-            inputs: the inputs of the op that saved it, or None where that is not known.
+            given: what the op that saved it was given, with tensors among it; None where that is not known.
             op: name of the Python-level function.
 
         Returns:
@@ -132,7 +157,7 @@ class Keeper:
         if not is_plain(tensor) or tensor._version != saved.version:
             # what was changed within its op raises when it is unpacked, as autograd would
             saved.fill(Reference(tensor.detach(), saved.version, where))
-        elif self.provenance.is_users(tensor, inputs):
+        elif self.values.is_users(tensor, given):
             saved.fill(Reference(tensor.detach(), saved.version, where))
             entry.codec = "held"
         else:
@@ -140,7 +165,7 @@ class Keeper:
             self.widths.charge(entry.raw_bytes)
             self.widths.turn_to(saved.module, where)
             if saved.exact or (node is None and attribute):
-                kept = self._choose(tensor, EXACT, entry, op, node)
+                kept = self._choose(tensor, EXACT, entry, op, node, computes=False)
             elif self._by_rules:
                 kept = self._choose(tensor, rule_for(node, attribute), entry, op, node)
             else:
@@ -150,8 +175,8 @@ class Keeper:
                 self._fragile[storage_id(tensor)] = kept.record
         return entry
 
-    def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any) -> Kept:
-        """The cheapest form that serves the rule."""
+    def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any, computes: bool = True) -> Kept:
+        """The cheapest form that serves the rule; ``computes`` tells whether it may be computed again."""
         entry.need = rule.value if isinstance(rule, Need) else "side"
         if tensor.numel() == 0:
             return self._exact(tensor, entry)
@@ -168,7 +193,7 @@ class Keeper:
                     return self._levels(tensor, layout, "mask", lambda run: mask, entry)
         floating = tensor.dtype in FLOAT_DTYPES
         least = self.widths.least(tensor, rule)
-        if (remade := self._remade(tensor, rule, least, entry)) is not None:
+        if (remade := self._remade(tensor, rule, least, entry, computes)) is not None:
             return remade
         layout = Layout.of(tensor)
         if layout.numel * tensor.itemsize < self._min_bytes:
@@ -257,24 +282,26 @@ class Keeper:
         entry.codec = record.levels[key].name
         return Levels(record.levels[key], layout, record)
 
-    def _remade(self, tensor: Tensor, rule: Rule, least: int, entry: Entry) -> Kept | None:
+    def _remade(self, tensor: Tensor, rule: Rule, least: int, entry: Entry, computes: bool) -> Kept | None:
         """How to make the tensor again, where that is the cheapest form."""
-        recipe = self._recipes.find(tensor)
-        if recipe is None or self._costs.recipe_cost(recipe, least) >= self._costs.own_cost(tensor, rule, least):
+        recipe = None if self._recipes is None else self._recipes.find(tensor)
+        if recipe is None or (recipe.computes and not computes):
+            return None
+        if not self._costs.pays(recipe, tensor, rule, least):
             return None
         entry.codec = "recipe" if recipe.computes else "gather"
-        geometry = (tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
-        return self._follow(recipe, least, geometry, entry)
+        entry.recipe = recipe.text()
+        return self._follow(recipe, least, (tensor.shape, tensor.stride(), int(tensor.storage_offset())), entry)
 
     def _follow(self, recipe: Recipe, least: int, geometry: tuple[Any, Any, int], entry: Entry) -> Kept:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
-        least = 32 if recipe.pointwise else least
-        key = (recipe.result.cdata, recipe.version, least)
-        making = self._makings.get(key)
+        least = self._costs.needed(recipe, least)
+        making = recipe.makings.get(least)
         if making is None:
             args = self._argument(recipe.args, least, entry)
-            making = Making(recipe.op, args, recipe.kwargs, recipe.shape, recipe.dtype, recipe.result)
-            self._makings[key] = making
+            op = recipe.repeatable.op
+            making = Making(op, args, recipe.kwargs, recipe.shape, recipe.dtype, recipe.autocast)
+            recipe.makings[least] = making
         return Remade(making, *geometry)
 
     def _argument(self, argument: Any, least: int, entry: Entry) -> Any:
@@ -287,21 +314,19 @@ class Keeper:
         """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe."""
         tensor, layout = ingredient.tensor(), ingredient.layout
         least = least if ingredient.floating else 32
-        record = self._costs.kept_record(ingredient, least)
-        if tensor is not None and self._costs.is_free(ingredient, tensor):
+        record = kept_record(ingredient, least)
+        if tensor is not None and ingredient.free:
             record = self._books.record(tensor, layout)
             if record.bits < 32:
                 record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
-        else:
-            own = self._costs.cost(ingredient, tensor, least)
-            if ingredient.recipe is not None and self._costs.recipe_cost(ingredient.recipe, least) < own:
+        elif record is None:
+            if self._costs.of_ingredient(ingredient, least, math.inf, []).work:  # it is made again in its turn
+                assert ingredient.recipe is not None
                 geometry = (ingredient.shape, ingredient.stride, ingredient.offset)
                 return self._follow(ingredient.recipe, least, geometry, entry)
-            wanted = 0 if tensor is None else self.widths.better(layout, tensor.itemsize, least)
-            if tensor is not None and (record is None or record.bits < wanted):
-                name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
-                record = self._value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record
-        assert record is not None  # else its recipe would have been cheaper
+            assert tensor is not None  # else its recipe would have been cheaper
+            name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
+            record = self._value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record
         if record.reference is not None:
             self._books.lend(record)
         self._note_rounded(record, layout, ingredient.dtype, entry)

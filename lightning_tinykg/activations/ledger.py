@@ -26,6 +26,7 @@ class Entry:
         codec: what is kept: ``int2``, ``mask``, ``shape``, ``gather``, ``reference`` ...
         need: what its backward needs of it, by the rules: ``linear``, ``smooth``, ``exact``, ``side`` ...; empty where
             that is not asked, since it costs nothing to keep.
+        recipe: where it is made again: the ops, from the tensors ``x`` that are kept.
         shape: the tensor's shape.
         dtype: its dtype.
         raw_bytes: what the uncompressed graph keeps alive because of this save: the storage's bytes at its first
@@ -41,6 +42,7 @@ class Entry:
     raw_bytes: int = 0
     stored_bytes: int = 0
     need: str = ""
+    recipe: str = ""
 
 
 def format_bytes(count: float) -> str:

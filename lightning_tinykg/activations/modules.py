@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lightning_tinykg.activations.keeping import not_compiled
-from lightning_tinykg.activations.storages import Provenance, tensors_in, unwrapped
+from lightning_tinykg.activations.storages import tensors_in, unwrapped
+from lightning_tinykg.activations.values import Values
 from lightning_tinykg.bits.plan import BitPlan, PlanEntry
 
 Pattern = str | type[nn.Module]
@@ -24,11 +25,13 @@ class ModuleTracker:
 
     Attributes:
         outermost: the modules that no other was running around, by identity.
+        path: path of the innermost module that runs; outside of any, the root's class, if the root is known.
+        covers: whether what is saved now is to be compressed.
     """
 
-    def __init__(self, provenance: Provenance, modules: Sequence[Pattern] | None, root: nn.Module | None) -> None:
+    def __init__(self, values: Values, modules: Sequence[Pattern] | None, root: nn.Module | None) -> None:
         self.outermost: dict[int, nn.Module] = {}
-        self._provenance = provenance
+        self._values = values
         self._include, self._exclude = _split(modules or ())
         self._names: dict[int, str] = _names(root) if root is not None else {}
         self._outside = _class(_within(root)).__name__ if root is not None else ""
@@ -36,17 +39,12 @@ class ModuleTracker:
         self._decided = self._decide(_within(root), self._outside, None) if root is not None else None
         self._stack: list[tuple[nn.Module, str, bool | None]] = []
         self._thread = threading.get_ident()
+        self._turn()
 
-    @property
-    def path(self) -> str:
-        """Path of the innermost module that runs; outside of any, the root's class, if the root is known."""
-        return self._stack[-1][1] if self._stack else self._outside
-
-    @property
-    def covers(self) -> bool:
-        """Whether what is saved now is to be compressed."""
-        decided = self._stack[-1][2] if self._stack else self._decided
-        return not self._include if decided is None else decided
+    def _turn(self) -> None:
+        """Another module is the innermost: attributes, since they are read at each save."""
+        _, self.path, decided = self._stack[-1] if self._stack else (None, self._outside, self._decided)
+        self.covers = not self._include if decided is None else decided
 
     def __enter__(self) -> None:
         with _LOCK:
@@ -64,7 +62,7 @@ class ModuleTracker:
 
     def hold(self, values: tuple[Any, ...]) -> None:
         """Note tensors as the user's."""
-        self._provenance.hold(map(unwrapped, tensors_in(values)))
+        self._values.hold(map(unwrapped, tensors_in(values)))
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module's forward begins."""
@@ -78,6 +76,7 @@ class ModuleTracker:
         path = self._names.get(id(module), _class(module).__name__)
         decided = self._stack[-1][2] if self._stack else self._decided
         self._stack.append((module, path, self._decide(module, path, decided)))
+        self._turn()
 
     def _decide(self, module: nn.Module, path: str, decided: bool | None) -> bool | None:
         """Whether a module is to be compressed, within one for which that is ``decided``."""
@@ -94,6 +93,7 @@ class ModuleTracker:
         for depth in reversed(range(len(self._stack))):
             if self._stack[depth][0] is module:
                 del self._stack[depth:]
+                self._turn()
                 break
 
     def _is_elsewhere(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from lightning_tinykg.activations.functions import function_of
 from lightning_tinykg.activations.keeper import Keeper
 from lightning_tinykg.activations.keeping import Reference, Saved, not_compiled
 from lightning_tinykg.activations.ledger import Entry
@@ -98,75 +99,96 @@ class Observer(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return self._transformed(func, args, kwargs)
+        function = function_of(func)
         # saved by something that is no op: a custom function, a compiled graph (which reads attributes first)
-        if self._pending and getattr(func, "__name__", "") != "__get__":
+        if self._pending and not function.reads:
             self._claim(tensors_in((args, kwargs)), None, "")
-        self.keeper.before(func, args, kwargs)
+        self.keeper.before(function, args, kwargs)
         out = func(*args, **kwargs)
         if isinstance(out, (Tensor, tuple, list)):
-            inputs = list(tensors_in((args, kwargs)))
-            self.keeper.observe(func, args, kwargs, out, inputs)
+            self.keeper.observe(func, args, kwargs, out)
             if self._pending:
-                self._claim(tensors_in(out), inputs, getattr(func, "__name__", ""))
+                self._claim(tensors_in(out), (args, kwargs), function.name)
+                if function.name in ("dropout", "dropout_") and isinstance(out, Tensor):
+                    with _aside():
+                        self.keeper.observe_dropout(args, out)
         elif self._pending and out is None:  # an assignment to an index, which changes its first argument
-            inputs = list(tensors_in((args, kwargs)))
-            self._claim(inputs, inputs, "")
+            self._claim(tensors_in((args, kwargs)), (args, kwargs), "")
         return out
 
     def _transformed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An op within ``vmap`` or ``jvp``: another runs than the one that is called, so there is no recipe."""
         seen = _beneath((args, kwargs))
-        if self._pending and getattr(func, "__name__", "") != "__get__":
+        function = function_of(func)
+        if self._pending and not function.reads:
             self._claim(tensors_in(seen), None, "")
         with _aside():
-            self.keeper.before(func, *seen)
+            self.keeper.before(function, *seen)
         out = func(*args, **kwargs)
         made = _beneath(out) if isinstance(out, (Tensor, tuple, list)) else None
         if made is not None or out is None:
-            inputs = list(tensors_in(seen))
-            self.keeper.provenance.made(tensors_in(made), inputs)
+            self.keeper.values.made(made, seen)
             if self._pending:
-                self._claim(inputs if made is None else tensors_in(made), inputs, getattr(func, "__name__", ""))
+                self._claim(tensors_in(seen if made is None else made), seen, function.name)
         return out
 
-    def _claim(self, roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> None:
-        """Encode the pending saves that the graph of ``roots`` names."""
+    def _claim(self, roots: Iterable[Tensor], given: Any, op: str) -> None:
+        """Encode the pending saves that the graph of ``roots`` names.
+
+        Args:
+            roots: tensors behind which they may be.
+            given: what the op that saved them was given: arguments, with tensors among them; None where no op has run.
+            op: its name.
+        """
         with _aside():
-            self._encode(roots, inputs, op)
-
-    def _encode(self, roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> None:
-        pending = {id(saved): saved for reference in self._pending if (saved := reference()) is not None}
-        hidden = self._name(pending, roots, inputs, op)
-        if pending:  # a node that nothing leads to, of a check within the op, is held by its own result
-            hidden |= self._name(pending, [saved.raw() for saved in pending.values()], inputs, op)
-        if hidden:  # the rest is what is in there
+            pending = {id(saved): saved for reference in self._pending if (saved := reference()) is not None}
+            hidden = self._name(pending, roots, given, op)
+            if pending:  # a node that nothing leads to, of a check within the op, is held by its own result
+                hidden |= self._name(pending, [saved.raw() for saved in pending.values()], given, op)
+            if hidden:  # the rest is what is in there
+                for saved in pending.values():
+                    self._keep(saved, None, _HIDING, given, op)
+                pending.clear()
+            self._pending = []
             for saved in pending.values():
-                self._keep(saved, None, _HIDING, inputs, op)
-            pending.clear()
-        self._pending = []
-        for saved in pending.values():
-            saved.attempts += bool(inputs)  # an op has run
-            if saved.attempts > _PATIENCE:
-                self._keep(saved, None, "", None, "")
-            else:
-                self._pending.append(weakref.ref(saved))
-        if not self._pending and inputs is not None:  # else it may be in a custom function, whose node is older
-            self._floor = torch.autograd._get_sequence_nr()
+                saved.attempts += given is not None
+                if saved.attempts > _PATIENCE:
+                    self._keep(saved, None, "", None, "")
+                else:
+                    self._pending.append(weakref.ref(saved))
+            if not self._pending and given is not None:  # else it may be in a custom function, whose node is older
+                self._floor = torch.autograd._get_sequence_nr()
 
-    def _name(self, pending: dict[int, Saved], roots: Iterable[Tensor], inputs: list[Tensor] | None, op: str) -> bool:
-        """Keep those pending saves that the graph of ``roots`` names; whether it hides others."""
-        hidden = False
-        for saved, node, attribute in _named_saves(roots, self._floor):
-            if saved is None:
-                hidden = True
-            elif pending.pop(id(saved), None) is not None:
-                self._keep(saved, node, attribute, inputs, op)
-                if not pending:
+    def _name(self, pending: dict[int, Saved], roots: Iterable[Tensor], given: Any, op: str) -> bool:
+        """Keep those pending saves that the graph of ``roots`` names, of nodes that are not older than the floor.
+
+        Returns:
+            Whether a node hides others, whose saves can't be seen: that of an op in place on a view.
+        """
+        hidden, floor = False, self._floor
+        stack = [node for tensor in roots if (node := tensor.grad_fn) is not None]
+        seen = set()
+        while stack and pending:
+            node = stack.pop()
+            if node in seen or node._sequence_nr() < floor:
+                continue
+            seen.add(node)
+            hidden |= node_name(node) == _HIDING
+            for attribute, raw_attribute in _raw_attributes(type(node)):
+                try:
+                    raw = getattr(node, raw_attribute)
+                except RuntimeError:  # its backward has run, and let go of it
                     break
+                for item in raw if isinstance(raw, (tuple, list)) else (raw,):
+                    saved = pending.pop(id(item.data), None) if item is not None else None
+                    if saved is not None:
+                        self._keep(saved, node, attribute, given, op)
+            if pending:
+                stack.extend(edge[0] for edge in node.next_functions if edge[0] is not None)
         return hidden
 
-    def _keep(self, saved: Saved, node: Any, attribute: str, inputs: list[Tensor] | None, op: str) -> None:
-        entry = self.keeper.keep(saved, node, attribute, inputs, op)
+    def _keep(self, saved: Saved, node: Any, attribute: str, given: Any, op: str) -> None:
+        entry = self.keeper.keep(saved, node, attribute, given, op)
         if saved.function == "CompiledFunction":
             self._graphs.setdefault(saved.call, []).append(entry)
 
@@ -216,32 +238,6 @@ class _aside:  # it is used as a function
 def _beneath(value: Any) -> Any:
     """The same with the tensors that lie beneath those of ``vmap`` and ``jvp``: these it is that are saved."""
     return tree_map_only(Tensor, unwrapped, value)
-
-
-def _named_saves(roots: Iterable[Tensor], floor: int) -> Iterator[tuple[Saved | None, Any, str]]:
-    """The saves of the nodes behind some tensors that are not older than ``floor``, with node and attribute.
-
-    None stands for a node that hides another, whose saves can't be seen: that of an op in place on a view.
-    """
-    stack = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None]
-    seen = set()
-    while stack:
-        node = stack.pop()
-        if node in seen or node._sequence_nr() < floor:
-            continue
-        seen.add(node)
-        if node_name(node) == _HIDING:
-            yield None, node, ""
-        for name, attribute in _raw_attributes(type(node)):
-            try:
-                raw = getattr(node, attribute)
-            except RuntimeError:  # its backward has run, and let go of it
-                break
-            for item in raw if isinstance(raw, (tuple, list)) else (raw,):
-                data = item.data if item is not None else None
-                if isinstance(data, Saved):
-                    yield data, node, name
-        stack.extend(edge[0] for edge in node.next_functions if edge[0] is not None)
 
 
 _RAW_ATTRIBUTES: dict[type, tuple[tuple[str, str], ...]] = {}

@@ -1,7 +1,8 @@
-"""How a tensor was made: rows gathered from a table, or a short chain of pointwise ops from what is kept anyway.
+"""How a tensor was made: a short chain of cheap ops from what is kept anyway, or is far smaller.
 
-What can be made again need not be kept. A gather ``x[index]`` restores rows as exact as its table is kept. A pointwise
-op (``tanh(x[i] + r[j])``) is run again on **exact** ingredients only, so what it restores is exact as well.
+What can be made again need not be kept. A gather ``x[index]`` restores rows as exact as its table is kept. What is
+computed (``tanh(x[i] + r[j])``) is run again on arguments that are exact enough: see
+:mod:`~lightning_tinykg.activations.repeatable`.
 
 While the forward runs, a recipe holds as little as it can: the table of a gather, which is smaller than the rows and
 lives at least as long; everything else by weak reference.
@@ -10,16 +11,22 @@ lives at least as long; everything else by weak reference.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional
 
-from lightning_tinykg.activations.storages import Layout, is_freed, is_plain, is_users_weight, storage_id
+from lightning_tinykg.activations.repeatable import FLOPS_PER_BYTE, REPEATABLE, SAME, Repeatable
+from lightning_tinykg.activations.storages import Layout, is_freed, is_plain, tensors_in
+from lightning_tinykg.activations.values import Value, Values
+
+if TYPE_CHECKING:
+    from lightning_tinykg.activations.remaking import Making
+
+_SWEEP = 16
+"""Recipes after which those whose result is gone are let go of."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,25 +35,25 @@ class Ingredient:
 
     Attributes:
         find: gives the tensor that it is a view of, or None once that is gone.
-        storage: its storage; while this is held, no other storage gets its identity.
+        value: its storage.
         version: version at which it was used.
         shape: its shape.
         stride: its strides.
         offset: its offset.
         dtype: its dtype.
         recipe: how it was made in its turn, if that is known.
-        weight: whether it is a parameter or a view of one, which costs nothing to refer to.
+        free: whether it is the user's, and can be referred to: a parameter or a view of one, an index.
     """
 
     find: Callable[[], Tensor | None]
-    storage: StorageWeakRef
+    value: Value
     version: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
     recipe: Recipe | None
-    weight: bool
+    free: bool
 
     @property
     def layout(self) -> Layout:
@@ -55,7 +62,7 @@ class Ingredient:
 
     @property
     def floating(self) -> bool:
-        """Whether it is a float; if not, it is an index."""
+        """Whether it is a float; if not, it is an index or a mask."""
         return self.dtype.is_floating_point
 
     def tensor(self) -> Tensor | None:
@@ -72,118 +79,164 @@ class Recipe:
     """How a tensor was made.
 
     Attributes:
-        op: the op, to be called as in the forward.
+        repeatable: the op.
         args: its arguments, an :class:`Ingredient` in place of each tensor.
         kwargs: its keyword arguments; no tensor among them.
-        pointwise: whether it computes, and so has to start from exact values; if not, it gathers.
-        result: the storage of what it made.
+        ingredients: all tensors it starts from.
+        value: the storage of what it made.
         version: the version of what it made.
         shape: the shape of what it made, which was contiguous.
         dtype: the dtype of what it made.
+        nbytes: the bytes of what it made.
+        autocast: the dtype of the autocast that it ran under; None if it ran under none.
+        makings: by width of its ingredients: how it is made again, where a save asks for that.
     """
 
-    op: Callable[..., Tensor]
+    repeatable: Repeatable
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    pointwise: bool
-    result: StorageWeakRef
+    ingredients: tuple[Ingredient, ...]
+    value: Value
     version: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-    def ingredients(self) -> Iterator[Ingredient]:
-        """All tensors it starts from."""
-        for argument in self.args:
-            if isinstance(argument, Ingredient):
-                yield argument
-            elif isinstance(argument, tuple):
-                yield from (item for item in argument if isinstance(item, Ingredient))
+    nbytes: int
+    autocast: torch.dtype | None
+    makings: weakref.WeakValueDictionary[int, Making] = field(default_factory=weakref.WeakValueDictionary)
 
     @property
     def computes(self) -> bool:
         """Whether it, or what it starts from, is more than a gather."""
-        return self.pointwise or any(i.recipe is not None and i.recipe.computes for i in self.ingredients())
+        return self.repeatable.carries is not SAME or any(
+            i.recipe is not None and i.recipe.computes for i in self.ingredients
+        )
+
+    @property
+    def work(self) -> float:
+        """The bytes that are moved to run the op again, or the time of a matrix product in these."""
+        passes = self.repeatable.passes
+        if self.repeatable.product:
+            passes += self.ingredients[0].shape[-1] / FLOPS_PER_BYTE
+        return passes * self.nbytes
+
+    def text(self, depth: int = 3) -> str:
+        """The ops, from the tensors ``x`` that are kept; ``...`` for what is deeper, or repeated."""
+        if depth == 0:
+            return "..."
+        found = [i.recipe.text(depth - 1) if i.recipe is not None else "x" for i in self.ingredients if i.floating]
+        return f"{self.repeatable.name}({', '.join(dict.fromkeys(found))})"
 
 
 class RecipeBook:
-    """The recipes of the tensors that are alive.
+    """Writes the recipes down, with the storages of what they made.
 
     Args:
+        values: the storages.
         min_bytes: what is smaller is not worth a recipe.
     """
 
-    def __init__(self, min_bytes: int) -> None:
+    def __init__(self, values: Values, min_bytes: int) -> None:
+        self._values = values
         self._min_bytes = min_bytes
-        self._recipes: dict[int, Recipe] = {}
+        self._noted: list[Value] = []
 
     def find(self, tensor: Tensor) -> Recipe | None:
         """How a tensor, or the tensor that it is a view of, was made; None if it is not known or was changed since."""
-        recipe = self._recipes.get(storage_id(tensor))
+        value = self._values.known(tensor)
+        recipe = None if value is None else value.recipe
         return recipe if recipe is not None and recipe.version == tensor._version else None
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """An op has run: write down how to repeat it, if it is a gather or a pointwise op."""
-        describe = _GATHERS.get(func)
-        pointwise = describe is None
-        if pointwise and func not in _POINTWISE:
-            return
-        if self._recipes:
-            self._recipes = {key: recipe for key, recipe in self._recipes.items() if not recipe.result.expired()}
-        if not self._worth(out):
-            return
-        described = (func, args, kwargs) if describe is None else describe(args, kwargs)
-        if described is None or (pointwise and (kwargs or _autocasts(out))):
-            return
-        op, op_args, op_kwargs = described
-        if any(not is_plain(t) or storage_id(t) == storage_id(out) for t in _tensors(op_args)):
-            return
-        largest = 0 if pointwise else max(out.nbytes, self._min_bytes)
-        made = tuple(self._ingredient(argument, largest) for argument in op_args)
-        result = StorageWeakRef(out.untyped_storage())
-        recipe = Recipe(op, made, op_kwargs, pointwise, result, out._version, tuple(out.shape), out.dtype)
-        if pointwise and not all(i.floating and i.layout.dense for i in recipe.ingredients()):
-            return  # restored with other strides, it might take another path through the kernel
-        self._recipes[storage_id(out)] = recipe
+        """An op has run: write down how to repeat it, if that can be done."""
+        repeatable = REPEATABLE.get(func)
+        if repeatable is not None and type(out) is Tensor and out.nbytes >= self._min_bytes:
+            described = repeatable.describe(args, kwargs)
+            if described is not None:
+                self.write(repeatable, *described, out)
 
-    def clear(self) -> None:
-        """Forget all."""
-        self._recipes.clear()
+    def write(self, repeatable: Repeatable, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        """Write down how a tensor was made.
 
-    def _worth(self, out: Any) -> bool:
-        """Whether a result is a whole, contiguous tensor on the path of the gradient, and not tiny."""
-        return (
-            isinstance(out, Tensor)
-            and out.requires_grad
-            and is_plain(out)
-            and out.is_contiguous()
-            and out.nbytes >= self._min_bytes
-            and out.nbytes == out.untyped_storage().nbytes()
+        Args:
+            repeatable: the op.
+            args: its arguments: tensors, tuples of them, what is kept of a tensor already, anything else.
+            kwargs: its keyword arguments; no tensor among them.
+            out: what it made.
+        """
+        storage = out.untyped_storage()
+        if out.nbytes != storage.nbytes() or not out.is_contiguous():
+            return
+        if not is_plain(out) or not all(is_plain(t) and not t.is_complex() for t in tensors_in(args)):
+            return
+        value = self._values.of(out)
+        most = 0 if repeatable.table is None else max(out.nbytes, self._min_bytes)
+        ingredients: list[Ingredient] = []
+        made = tuple(self._argument(argument, most, ingredients) for argument in args)
+        for ingredient in ingredients:
+            if ingredient.value is value:  # in place, or a view
+                return
+            # restored with other strides, it might take another path through the kernel
+            if repeatable.carries is not SAME and not ingredient.layout.dense:
+                return
+        if not ingredients:  # what a context has as default may be other in the backward
+            kwargs = kwargs | {"dtype": out.dtype, "device": out.device}
+        device = out.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        value.recipe = Recipe(
+            repeatable,
+            made,
+            kwargs,
+            tuple(ingredients),
+            value,
+            out._version,
+            out.shape,
+            out.dtype,
+            out.nbytes,
+            autocast,
         )
+        self._noted.append(value)
+        if len(self._noted) % _SWEEP == 0:
+            self._sweep()
 
-    def _ingredient(self, argument: Any, largest: int) -> Any:
-        """What stands for an argument; up to ``largest`` bytes it is held until the result is gone."""
+    def _sweep(self) -> None:
+        alive = []
+        for value in self._noted:
+            if value.storage.expired():
+                value.recipe = None
+            else:
+                alive.append(value)
+        self._noted = alive
+
+    def _argument(self, argument: Any, most: int, ingredients: list[Ingredient]) -> Any:
+        """What stands for an argument; a tensor of up to ``most`` bytes is held until the result is gone."""
         if isinstance(argument, tuple):
-            return tuple(self._ingredient(item, largest) for item in argument)
+            return tuple(self._argument(item, most, ingredients) for item in argument)
         if not isinstance(argument, Tensor):
             return argument
-        recipe, weight = self.find(argument), is_users_weight(argument)
-        base = argument if argument._base is None else argument._base
+        value = self._values.of(argument)
+        floating = argument.is_floating_point()
+        recipe = value.recipe
+        if recipe is not None and recipe.version != argument._version:
+            recipe = None
+        free = self._values.is_users(argument, None if floating else (argument,))
         find: Callable[[], Tensor | None]
-        if weight or argument.nbytes <= largest:
+        if free or argument.nbytes <= most:
             find = _Strong(argument)
         else:
-            find = weakref.ref(base)
-        return Ingredient(
+            find = weakref.ref(argument if argument._base is None else argument._base)
+        ingredient = Ingredient(
             find,
-            StorageWeakRef(argument.untyped_storage()),
+            value,
             argument._version,
-            tuple(argument.shape),
-            tuple(argument.stride()),
+            argument.shape,
+            argument.stride(),
             int(argument.storage_offset()),
             argument.dtype,
             recipe,
-            weight,
+            free,
         )
+        ingredients.append(ingredient)
+        return ingredient
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -192,66 +245,3 @@ class _Strong:
 
     def __call__(self) -> Tensor:
         return self.tensor
-
-
-def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
-    for argument in args:
-        if isinstance(argument, Tensor):
-            yield argument
-        elif isinstance(argument, tuple):
-            yield from _tensors(argument)
-
-
-def _autocasts(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
-
-
-# -- ops --------------------------------------------------------------------------------------------------------
-
-_Described = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
-
-
-def _index_select(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Described | None:
-    names = dict(zip(("input", "dim", "index"), args, strict=False)) | kwargs
-    if not isinstance(names["dim"], int):
-        return None
-    return torch.index_select, (names["input"], names["dim"], names["index"]), {}
-
-
-def _getitem(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Described | None:
-    table, item = args
-    items = item if isinstance(item, tuple) else (item,)
-    if not any(isinstance(i, Tensor) for i in items):
-        return None
-    for i in items:
-        integers = isinstance(i, Tensor) and i.dtype in (torch.int64, torch.int32)
-        if not (integers or i is Ellipsis or isinstance(i, slice)):
-            return None
-    return torch.Tensor.__getitem__, (table, items), {}
-
-
-def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Described | None:
-    names = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False)) | kwargs
-    if names.get("max_norm") is not None:  # it changes the table
-        return None
-    return functional.embedding, (names["input"], names["weight"]), {}
-
-
-_GATHERS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], _Described | None]] = {
-    torch.index_select: _index_select,
-    torch.Tensor.index_select: _index_select,
-    torch.Tensor.__getitem__: _getitem,
-    functional.embedding: _embedding,
-}
-"""Ops whose result is rows of a table: op -> how to call it again."""
-
-_POINTWISE = {
-    getattr(owner, name)
-    for owner in (torch, torch.Tensor, functional)
-    for name in (
-        "add", "sub", "mul", "neg", "exp", "tanh", "sigmoid", "relu", "leaky_relu",
-        "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__neg__",
-    )
-    if hasattr(owner, name)
-}  # fmt: skip
-"""Cheap, deterministic ops that are worth running again."""

@@ -1,15 +1,13 @@
-"""Tensors that are made again when they are needed: gathered from a table, or computed from exact ingredients."""
+"""Tensors that are made again when they are needed: gathered from a table, or computed by a few cheap ops."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from lightning_tinykg.activations.keeping import Coded, Levels, Reference
@@ -30,8 +28,9 @@ class Making:
         kwargs: its keyword arguments.
         shape: shape of what it makes, which is contiguous.
         dtype: dtype of what it makes.
-        result: storage of what the forward made; while this is held, no other storage gets its identity.
-        saves: the saves that are views of it.
+        autocast: dtype of the autocast that it runs under; None if it runs under none.
+        saves: the saves that are views of it, and what is made from it in its turn.
+        asked: how many of them had it in this backward.
         made: what it made, while it is held.
     """
 
@@ -40,8 +39,9 @@ class Making:
     kwargs: dict[str, Any]
     shape: tuple[int, ...]
     dtype: torch.dtype
-    result: StorageWeakRef
-    saves: WeakSet[Remade] = field(default_factory=WeakSet)
+    autocast: torch.dtype | None
+    saves: int = 0
+    asked: int = 0
     made: Tensor | None = None
 
     def run(self, workspace: Workspace) -> tuple[Tensor, bool]:
@@ -50,14 +50,14 @@ class Making:
         Returns:
             The tensor, and whether nobody else has it, so that it can be computed with in place.
         """
-        made = self.made
-        if made is None:
-            made = self._run(workspace)
-            if len(self.saves) < 2:
-                return made, True
+        made = self._run(workspace) if self.made is None else self.made
+        if self.saves < 2:
+            return made, True
+        self.asked += 1
+        if self.asked >= self.saves:  # the next backward of a graph that is retained asks all over again
+            self.asked, self.made = 0, None
+        elif self.made is None:
             workspace.hold(self, made)
-        elif len(self.saves) < 2:
-            self.made = None
         return made, False
 
     def _run(self, workspace: Workspace) -> Tensor:
@@ -76,16 +76,24 @@ class Making:
                 and operand.dtype == self.dtype
             ):
                 out = operand
-        if into is None or not into.fits(*operands):
+        device = next((o.device.type for o in operands if isinstance(o, Tensor)), None)
+        if device is not None and self.autocast != _autocast(device):
+            with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+                return self.op(*operands, **self.kwargs)
+        if into is None or self.kwargs or self.autocast is not None or not into.fits(*operands):
             return self.op(*operands, **self.kwargs)
         if out is None:
-            device = next(operand.device for operand in operands if isinstance(operand, Tensor))
-            out = workspace.empty(self.shape, dtype=self.dtype, device=device)
+            where = next(operand.device for operand in operands if isinstance(operand, Tensor))
+            out = workspace.empty(self.shape, dtype=self.dtype, device=where)
         into.run(*operands, out=out)
         return out
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+def _autocast(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+@dataclass(slots=True, eq=False)
 class Remade:
     """A view of a tensor that is made again when it is needed.
 
@@ -102,7 +110,7 @@ class Remade:
     offset: int
 
     def __post_init__(self) -> None:
-        self.making.saves.add(self)
+        self.making.saves += 1
 
     def restore(self, workspace: Workspace) -> Tensor:
         """Make it again, or take what was made for another save."""
@@ -158,6 +166,8 @@ def _few_rows(
     if not isinstance(record.value, AffineCode) or record.degraded is not None or not layout.is_rows:
         return None
     index = found[1].restore(workspace)
+    if index.dtype == torch.bool:
+        return None
     count = layout.shape[0]
     if 2 * index.numel() > count:
         return None
@@ -185,7 +195,7 @@ _GATHERS = {
         _index_into,
         False,
         lambda table, items: (table, items[0]) if len(items) == 1 else None,
-        lambda table, items: all(isinstance(item, Tensor) for item in items),
+        lambda table, items: all(isinstance(item, Tensor) and item.dtype != torch.bool for item in items),
     ),
     functional.embedding: _Into(_embedding_into, False, lambda index, table: (table, index)),
 }
@@ -199,6 +209,8 @@ _RUN: dict[str, Callable[..., Any]] = {
     "mul": torch.mul,
     "__mul__": torch.mul,
     "__rmul__": torch.mul,
+    "div": torch.div,
+    "__truediv__": torch.div,
     "neg": torch.neg,
     "__neg__": torch.neg,
     "exp": torch.exp,

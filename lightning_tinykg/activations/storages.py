@@ -1,21 +1,19 @@
-"""Whose memory is it? Identity, layout and provenance of the tensors that autograd saves.
+"""Which memory is it? Identity and layout of the tensors that autograd saves, and which of them are weights.
 
-Many saved tensors are one storage: duplicates, views, transposes, expanded copies. And not all of them belong to the
-graph: parameters, the batch and the edge index are the user's, and cost nothing to refer to. What is decided here is
-decided by storage, never by address: addresses are used again.
+Many saved tensors are one storage: duplicates, views, transposes, expanded copies. What is decided here is decided by
+storage, never by address: addresses are used again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 _VIEWS_AND_CASTS = frozenset(
@@ -64,15 +62,29 @@ def is_plain(tensor: Tensor) -> bool:
 
     Sparse, quantized, meta, inference and subclass tensors (other than parameters) are not, nor lazily conjugated ones.
     """
-    return (
-        (type(tensor) is Tensor or type(tensor) is Parameter)
-        and tensor.layout is torch.strided
-        and not tensor.is_conj()
-        and not tensor.is_quantized
-        and not tensor.is_neg()
-        and not tensor.is_meta
-        and not tensor.is_inference()
-    )
+    if type(tensor) is not Tensor and type(tensor) is not Parameter:
+        return False
+    keys = torch._C._dispatch_keys(tensor).raw_repr()  # tell all of it, and are asked for at once
+    plain = _PLAIN.get(keys)
+    if plain is None:
+        plain = _PLAIN[keys] = (
+            tensor.layout is torch.strided
+            and not tensor.is_conj()
+            and not tensor.is_quantized
+            and not tensor.is_neg()
+            and not tensor.is_meta
+            and not tensor.is_inference()
+        )
+    return plain
+
+
+_PLAIN: dict[int, bool] = {}
+
+
+def is_parameter(tensor: Tensor | None) -> bool:
+    """Whether it is a ``Parameter``: as ``isinstance``, which is slow to say no."""
+    kind = type(tensor)
+    return kind is Parameter or (kind is not Tensor and isinstance(tensor, Parameter))
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -84,7 +96,8 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 def storage_id(tensor: Tensor) -> int:
     """Which storage a tensor lies in. Good for as long as the storage, or a weak reference to it, is held."""
-    return int(tensor.untyped_storage()._cdata)
+    cdata: int = tensor.untyped_storage()._cdata
+    return cdata
 
 
 def is_freed(tensor: Tensor) -> bool:
@@ -110,11 +123,11 @@ def is_weight(tensor: Tensor) -> bool:
         >>> is_weight(linear.weight.t()), is_weight(linear(torch.ones(1, 2)))
         (True, False)
     """
-    if isinstance(tensor, Parameter) or isinstance(tensor._base, Parameter):
-        return True
-    if tensor.requires_grad and tensor.is_leaf:
+    if is_parameter(tensor) or is_parameter(tensor._base):
         return True
     node = tensor.grad_fn
+    if node is None:
+        return tensor.requires_grad
     while node is not None:
         name = node_name(node)
         if name == "AccumulateGrad":
@@ -169,7 +182,7 @@ class Layout:
             >>> layout.numel, layout.dense
             (4, True)
         """
-        return cls.at(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+        return cls.at(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     @classmethod
     @lru_cache(maxsize=1024)
@@ -225,59 +238,3 @@ class Layout:
         if strided:
             rows = flat.new_empty_strided(small, self.stride).copy_(rows)
         return rows.expand(self.shape)
-
-
-class Provenance:
-    """Which storages were made while compression was on, and so belong to the graph, and which are the user's."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, StorageWeakRef] = {}
-        self._held: dict[int, StorageWeakRef] = {}
-
-    def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Note tensors as the user's: the inputs of the model."""
-        for tensor in tensors:
-            if is_plain(tensor) and not tensor.requires_grad and storage_id(tensor) not in self._made:
-                self._note(self._held, tensor)
-
-    def made(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
-        """Note what an op made. What requires a gradient need not be noted: its history tells.
-
-        A view of the user's tensor remains the user's.
-        """
-        for out in outputs:
-            if out.requires_grad or not is_plain(out) or storage_id(out) in self._made:
-                continue
-            source = storage_id(out)
-            shared = [t for t in inputs if is_plain(t) and storage_id(t) == source]
-            if all(t.requires_grad and not is_weight(t) for t in shared):
-                self._note(self._made, out)
-
-    def is_users(self, tensor: Tensor, inputs: Iterable[Tensor] | None) -> bool:
-        """Whether a tensor that is about to be kept is the user's own memory, free to refer to.
-
-        Args:
-            tensor: a plain tensor.
-            inputs: the inputs of the op that saves it; None where the op is not known.
-        """
-        if isinstance(tensor, Parameter) or isinstance(tensor._base, Parameter):
-            return True  # even if it was made just now: FSDP gathers its weights within the forward
-        storage = storage_id(tensor)
-        if storage in self._made:
-            return False
-        if storage in self._held:
-            return True
-        if is_weight(tensor):
-            return is_users_weight(tensor)
-        if tensor.requires_grad:
-            return False
-        if inputs is None:
-            return False
-        # saved, not made by an op that was seen, and an input: it was there before
-        return any(is_plain(t) and storage_id(t) == storage for t in inputs)
-
-    @staticmethod
-    def _note(where: dict[int, StorageWeakRef], tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in where:
-            where[storage._cdata] = StorageWeakRef(storage)

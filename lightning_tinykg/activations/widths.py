@@ -33,7 +33,7 @@ class Widths:
     def __init__(self, plan: BitPlan, group_size: int | None) -> None:
         self.bits = bits_now(plan.default)
         self.place = Place("")
-        self._literal = False
+        self.literal = False
         self._plan = plan
         self._saves: Counter[tuple[str, str]] = Counter()
         self._group_size = group_size
@@ -49,7 +49,7 @@ class Widths:
         self._saves[module, component] += 1
         entry = self._plan.entry_for(self.place)
         self.bits = bits_now(entry.bits)
-        self._literal = entry.component != "*"
+        self.literal = entry.component != "*"
 
     def charge(self, raw_bytes: int) -> None:
         """Note a tensor that the uncompressed graph would keep."""
@@ -66,7 +66,7 @@ class Widths:
         """
         if self.bits == 32 or rule is EXACT or not isinstance(rule, Need) or tensor.dtype not in FLOAT_DTYPES:
             return 32
-        if self._literal:
+        if self.literal:
             return self.bits
         if rule is UNKNOWN:
             return 8
@@ -75,7 +75,7 @@ class Widths:
 
     def raised(self, least: int) -> int:
         """The width for what asks for more than ``least``, since its error does not average out."""
-        return least if self._literal else max(least, RAISED_BITS.get(self.bits, 32))
+        return least if self.literal else max(least, RAISED_BITS.get(self.bits, 32))
 
     def better(self, layout: Layout, itemsize: int, least: int) -> int:
         """The width for a run of elements of ``itemsize`` bytes each: at least ``least``, more where more is cheap.
@@ -84,7 +84,7 @@ class Widths:
         such extras together stay below a hundredth of the raw bytes. The score head is small and on every path of the
         gradient: this is what keeps its error from all the rest.
         """
-        if least == 32 or self._literal:
+        if least == 32 or self.literal:
             return least
         wish = self.bits + math.log2(max(self._largest / max(layout.numel * itemsize, 1), 1.0))
         better = min((width for width in BITS if width >= least), key=lambda width: abs(width - wish))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,8 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: list[torch.UntypedStorage] = []
         self._lock = threading.Lock()
-        self._holding: weakref.ref[Making] | None = None
+        self._holding: deque[weakref.ref[Making]] = deque()
+        self._largest = 0
 
     def empty(self, shape: int | Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous tensor that nobody else has, of any content.
@@ -71,8 +73,20 @@ class Workspace:
             return tensor
 
     def hold(self, making: Making, made: Tensor) -> None:
-        """Hold what was made until all saves of it had it; one tensor at a time, since that is memory."""
-        previous = self._holding() if self._holding is not None else None
-        if previous is not None:
-            previous.made = None
-        making.made, self._holding = made, weakref.ref(making)
+        """Hold what was made until all saves of it had it.
+
+        That is memory, so the oldest is let go of where all together would be more than the largest is alone.
+        """
+        making.made = made
+        self._largest = max(self._largest, made.nbytes)
+        room, kept = self._largest, []
+        for reference in (weakref.ref(making), *reversed(self._holding)):
+            held = reference()
+            if held is None or held.made is None:
+                continue
+            room -= held.made.nbytes
+            if room < 0:
+                held.made = None
+            else:
+                kept.append(reference)
+        self._holding = deque(reversed(kept))

@@ -228,9 +228,13 @@ def test_index_made_in_the_forward_is_counted_and_the_users_is_not() -> None:
         (made(x)[index]).sum()
     assert ledger.raw_bytes == 0
     with compress_activations(bits=2) as ledger:
-        made(x)[index + 0].sum()
+        made(x)[index.flip(0)].sum()
     assert ledger.raw_bytes == 5000 * 8
     assert ledger.stored_bytes == 5000 * 2
+    with compress_activations(bits=2) as ledger:
+        made(x)[torch.cat([index, index])].sum()  # it is made again
+    assert ledger.raw_bytes == 10000 * 8
+    assert ledger.stored_bytes == 0
 
 
 def test_users_index_of_an_assignment_is_not_counted() -> None:
@@ -356,7 +360,17 @@ def test_a_short_table_adds_up_the_rest(ledger: Ledger) -> None:
 
 def test_rows_make_a_frame(ledger: Ledger) -> None:
     frame = pd.DataFrame(ledger.rows())
-    assert list(frame.columns) == ["module", "op", "codec", "shape", "dtype", "raw_bytes", "stored_bytes", "need"]
+    assert list(frame.columns) == [
+        "module",
+        "op",
+        "codec",
+        "shape",
+        "dtype",
+        "raw_bytes",
+        "stored_bytes",
+        "need",
+        "recipe",
+    ]
     assert len(frame) == len(ledger)
     assert frame.raw_bytes.sum() == ledger.raw_bytes
     assert frame.stored_bytes.sum() == ledger.stored_bytes

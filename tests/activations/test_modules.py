@@ -47,7 +47,7 @@ def run(modules: Any, root: bool = False) -> tuple[Ledger, Model]:
     model = Model()
     x = torch.randn(100, 32)
     options = {"root": model} if root else {}
-    with compress_activations(bits=8, min_bytes=0, modules=modules, **options) as ledger:
+    with compress_activations(bits=8, min_bytes=0, recompute="off", modules=modules, **options) as ledger:
         loss = weighted(model(x))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -114,7 +114,7 @@ def test_a_root_of_the_users_own_gives_the_paths() -> None:
     """What is called is a part; the paths start from the whole."""
     whole = nn.ModuleDict({"model": Model()})
     batch = torch.randn(100, 32)
-    with compress_activations(bits=8, min_bytes=0, modules=["model.layers.0"], root=whole) as ledger:
+    with compress_activations(bits=8, min_bytes=0, recompute="off", modules=["model.layers.0"], root=whole) as ledger:
         loss = whole["model"](batch).sum()
     loss.backward()
     assert {e.module for e in ledger if e.codec.startswith("int")} == {"model.layers.0.act"}
@@ -202,7 +202,7 @@ def test_wrappers_are_no_part_of_a_path() -> None:
     torch.manual_seed(0)
     model, modules = nn.DataParallel(Model()), ["layers.*", "!layers.1"]
     for root in (None, model, model.module):
-        with compress_activations(bits=8, min_bytes=0, modules=modules, root=root) as ledger:
+        with compress_activations(bits=8, min_bytes=0, recompute="off", modules=modules, root=root) as ledger:
             model(torch.randn(100, 32)).sum()
         assert compressed_modules(ledger) == {"layers.0.act", "layers.2.act"}
         assert "Model" in {entry.module for entry in ledger}

@@ -1,0 +1,89 @@
+"""What is known of a Python-level function by its name: looked up once, for it is asked at each op."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tinykg.activations.fragile import Amplified, amplified_by
+
+_BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function that ``__torch_function__`` is called for.
+
+    Attributes:
+        name: its name, as the ledger and the rules have it.
+        reads: whether it is an attribute's getter, which saves nothing.
+        backward: whether it runs a backward.
+        in_place: whether it changes its first argument.
+        inplace_at: the place of an argument ``inplace``, or None.
+        renormalizes: whether it changes the table that it looks up, if told to: an embedding.
+        amplified: which of its arguments' errors it may blow up.
+    """
+
+    name: str
+    reads: bool
+    backward: bool
+    in_place: bool
+    inplace_at: int | None
+    renormalizes: bool
+    amplified: Amplified
+
+    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """What a call changes: by ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``.
+
+        Example:
+            >>> x = torch.ones(2)
+            >>> function_of(Tensor.add_).written((x, 1), {})[0] is x, function_of(torch.add).written((x, 1), {})
+            (True, [])
+        """
+        if not (self.in_place or kwargs or self.inplace_at is not None or self.renormalizes):
+            return []
+        if self.renormalizes:
+            bounded = kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)
+            return [*args[1:2], kwargs.get("weight")] if bounded else []
+        place = self.inplace_at
+        inplace = self.in_place or kwargs.get("inplace") is True
+        inplace = inplace or (place is not None and place < len(args) and args[place] is True)
+        return [*(args[:1] if inplace else ()), *([kwargs["out"]] if "out" in kwargs else ())]
+
+
+@lru_cache(maxsize=4096)
+def function_of(func: Any) -> Function:
+    """What is known of a function.
+
+    Example:
+        >>> function_of(torch.relu_).in_place, function_of(torch.nn.functional.dropout).inplace_at
+        (True, 3)
+    """
+    name = getattr(func, "__name__", "").partition(".")[0]
+    if name.startswith("__"):
+        in_place = name == "__setitem__" or (name.startswith("__i") and name[3:-2] in _OPERATORS)
+    else:
+        in_place = name.endswith("_")
+    return Function(
+        name=getattr(func, "__name__", ""),
+        reads=name == "__get__",
+        backward=func in _BACKWARDS,
+        in_place=in_place,
+        inplace_at=None if name.startswith("__") else _place_of_inplace(func),
+        renormalizes=name == "embedding",
+        amplified=amplified_by(name),
+    )
+
+
+def _place_of_inplace(func: Any) -> int | None:
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):  # a builtin; those with such an argument have a function around them
+        return None
+    return names.index("inplace") if "inplace" in names else None

@@ -1,0 +1,164 @@
+"""What is known of each storage that a forward touches: whose it is, how it was made, and what is kept of it.
+
+Not all that autograd saves belongs to the graph: parameters, the batch and the edge index are the user's, and cost
+nothing to refer to. What an op made while compression was on belongs to the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lightning_tinykg.activations.storages import (
+    Layout,
+    is_parameter,
+    is_plain,
+    is_users_weight,
+    is_weight,
+    storage_id,
+    tensors_in,
+)
+
+if TYPE_CHECKING:
+    from lightning_tinykg.activations.keeping import Record
+    from lightning_tinykg.activations.ledger import Entry
+    from lightning_tinykg.activations.recipes import Recipe
+
+
+class Value:
+    """One storage.
+
+    Attributes:
+        storage: weak reference to it; while it is held, no other storage gets its identity.
+        users: whether it is the user's memory, free to refer to; None where that is not known yet.
+        recipe: how it was made, if that can be repeated.
+        payer: the ledger's entry that is charged for its raw bytes.
+        references: the entries that refer to it; the first is charged for it.
+    """
+
+    __slots__ = ("_records", "payer", "recipe", "references", "storage", "users")
+
+    def __init__(self, storage: StorageWeakRef, users: bool | None) -> None:
+        self.storage = storage
+        self.users = users
+        self.recipe: Recipe | None = None
+        self.payer: Entry | None = None
+        self.references: list[Entry] = []
+        # weak: what no save holds any more, after a backward within the context, nobody asks for
+        self._records: WeakValueDictionary[tuple[Any, ...], Record] | None = None
+
+    def record(self, layout: Layout, dtype: torch.dtype, version: int) -> Record | None:
+        """What is kept of these elements of it, if anything is."""
+        return None if self._records is None else self._records.get(_key(layout, dtype, version))
+
+    def keep(self, layout: Layout, dtype: torch.dtype, version: int, record: Record) -> None:
+        """Note what is kept of these elements."""
+        if self._records is None:
+            self._records = WeakValueDictionary()
+        self._records[_key(layout, dtype, version)] = record
+
+    @property
+    def records(self) -> list[Record]:
+        """All that is kept of it."""
+        return [] if self._records is None else list(self._records.values())
+
+    def drop(self, record: Record) -> None:
+        """Forget what was kept."""
+        if self._records is not None:
+            for key in [key for key, kept in self._records.items() if kept is record]:
+                del self._records[key]
+
+
+def _key(layout: Layout, dtype: torch.dtype, version: int) -> tuple[Any, ...]:
+    if layout.dense:
+        return layout.offset, layout.numel, dtype, version
+    return layout.offset, layout.numel, dtype, version, layout.shape, layout.stride
+
+
+class Values:
+    """The storages of one forward, by identity."""
+
+    def __init__(self) -> None:
+        self._by_storage: dict[int, Value] = {}
+
+    def __iter__(self) -> Iterator[Value]:
+        return iter(self._by_storage.values())
+
+    def forget_recipes(self) -> None:
+        """Let go of how they were made, and of what that is held for."""
+        for value in self:
+            value.recipe = None
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._by_storage.clear()
+
+    def of(self, tensor: Tensor, users: bool | None = None) -> Value:
+        """What is known of a plain tensor's storage.
+
+        Args:
+            tensor: the tensor.
+            users: whose it is, if it was not met before.
+        """
+        storage = tensor.untyped_storage()
+        value = self._by_storage.get(storage._cdata)
+        if value is None:
+            value = self._by_storage[storage._cdata] = Value(StorageWeakRef(storage), users)
+        return value
+
+    def known(self, tensor: Tensor) -> Value | None:
+        """The same, if the storage was met before."""
+        return self._by_storage.get(tensor.untyped_storage()._cdata)
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Note tensors as the user's: the inputs of the model."""
+        for tensor in tensors:
+            if is_plain(tensor) and not tensor.requires_grad:
+                value = self.of(tensor)
+                value.users = value.users is not False
+
+    def made(self, out: Any, given: Any) -> None:
+        """Note what an op made. What requires a gradient need not be noted: its history tells.
+
+        A view of the user's tensor remains the user's.
+
+        Args:
+            out: the op's result, or several.
+            given: its arguments, with tensors among them.
+        """
+        for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
+            if tensor.requires_grad or not is_plain(tensor):
+                continue
+            storage = storage_id(tensor)
+            if storage in self._by_storage and self._by_storage[storage].users is not None:
+                continue
+            shared = [t for t in tensors_in(given) if is_plain(t) and storage_id(t) == storage]
+            if all(t.requires_grad and not is_weight(t) for t in shared):
+                self.of(tensor).users = False
+
+    def is_users(self, tensor: Tensor, given: Any) -> bool:
+        """Whether a tensor that is about to be kept is the user's own memory, free to refer to.
+
+        Args:
+            tensor: a plain tensor.
+            given: what the op that saves it was given: arguments, with tensors among them; None where that is not
+                known.
+        """
+        if is_parameter(tensor) or is_parameter(tensor._base):
+            return True  # even if it was made just now: FSDP gathers its weights within the forward
+        value = self.of(tensor)
+        if value.users is not None:
+            return value.users
+        if is_weight(tensor):
+            value.users = is_users_weight(tensor)
+        elif tensor.requires_grad:
+            value.users = False
+        else:  # saved, not made by an op that was seen, and an input: it was there before
+            storage = storage_id(tensor)
+            return any(is_plain(t) and storage_id(t) == storage for t in tensors_in(given))
+        return value.users
