@@ -54,6 +54,8 @@ class TinyKGCallback(Callback):
         seed: seed of the rounding's private noise. Steps and ranks draw different noise from it.
         min_bytes: tensors smaller than this are kept as they are.
         recipe: ``"rules"``, or ``"paper"`` for TinyKG to the letter.
+        recompute: what is made again in the backward instead of being kept: ``"cheap"``, what is worth its time;
+            ``"aggressive"``, all that can be, for the least memory; ``"off"``, nothing.
         modules: where to compress, by module path (wildcards allowed), class name or class; ``!`` excludes. None:
             everywhere.
         summary: whether to print the table at the end of the fit.
@@ -81,6 +83,7 @@ class TinyKGCallback(Callback):
         seed: int = 0,
         min_bytes: int = 1024,
         recipe: str = "rules",
+        recompute: str = "cheap",
         modules: Sequence[str | type[torch.nn.Module]] | None = None,
         summary: bool = True,
     ) -> None:
@@ -96,6 +99,7 @@ class TinyKGCallback(Callback):
             seed=seed,
             min_bytes=min_bytes,
             recipe=recipe,
+            recompute=recompute,
             modules=modules,
         )
         self._compression.optimizer_steps = 0

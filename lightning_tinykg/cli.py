@@ -54,6 +54,7 @@ class TinyKGTrainer(Trainer):
         steps: int = 3,
         widths: Sequence[int] = (32, 8, 4, 2, 1),
         paper: bool = True,
+        recompute: Sequence[str] = ("off", "aggressive"),
         scan: int = 200,
         out: str = "tinykg_profile",
         ckpt_path: str | None = None,
@@ -68,11 +69,13 @@ class TinyKGTrainer(Trainer):
             steps: batches to measure, of each type.
             widths: bits to try: 1, 2, 4, 8, 32.
             paper: whether to try the paper's recipe as well.
+            recompute: settings of recompute to try as well, besides the default: off, aggressive.
             scan: batches to look through for other types of batch, which may come late in an epoch.
             out: folder for profile.json, ops.csv, curve.csv and profile.png.
             ckpt_path: a checkpoint whose weights to measure at.
         """
         options: dict[str, Any] = {"steps": steps, "widths": widths, "paper": paper, "scan": scan}
+        options["recompute"] = recompute
         result = profile(self, model, datamodule, ckpt_path=ckpt_path, **options)
         console = Console()
         console.width = max(console.width, 120)  # a narrow terminal or a file would cut the figures

@@ -32,6 +32,7 @@ class _Compressed:
         seed: seed of the noise.
         min_bytes: what is smaller is kept as it is.
         recipe: ``"rules"`` or ``"paper"``.
+        recompute: ``"cheap"``, ``"aggressive"`` or ``"off"``: what is made again instead of being kept.
         modules: where to compress.
         summary: whether to print the ledger at the end.
         kwargs: what the strategy itself takes.
@@ -48,6 +49,7 @@ class _Compressed:
         seed: int = 0,
         min_bytes: int = 1024,
         recipe: str = "rules",
+        recompute: str = "cheap",
         modules: Sequence[str | type[torch.nn.Module]] | None = None,
         summary: bool = True,
         **kwargs: Any,
@@ -60,6 +62,7 @@ class _Compressed:
             seed=seed,
             min_bytes=min_bytes,
             recipe=recipe,
+            recompute=recompute,
             modules=modules,
             summary=summary,
         )

@@ -225,6 +225,10 @@ def test_profile_of_a_model_never_seen(module: str, tmp_path: Path, capsys: pyte
     assert [(point["bits"], point["recipe"]) for point in parts["points"]] == [
         (32, "rules"),
         (2, "rules"),
+        (32, "rules, off"),
+        (2, "rules, off"),
+        (32, "rules, aggressive"),
+        (2, "rules, aggressive"),
         (2, "paper"),
     ]
     assert (tmp_path / "out" / "profile.png").exists()
@@ -235,7 +239,9 @@ def test_profile_of_a_model_never_seen(module: str, tmp_path: Path, capsys: pyte
 
 def test_profile_takes_the_configuration_of_a_run(config: Callable[..., str], tmp_path: Path) -> None:
     path = config(2, strategy="ddp", devices=4)
-    cli = TinyKGCLI(args=["profile", "--config", path, "--out", str(tmp_path), "--steps=1", "--paper=false"])
+    cli = TinyKGCLI(
+        args=["profile", "--config", path, "--out", str(tmp_path), "--steps=1", "--paper=false", "--recompute=[]"]
+    )
     assert isinstance(cli.trainer.strategy, SingleDeviceStrategy)
     assert cli.trainer.world_size == 1
     parts = json.loads((tmp_path / "profile.json").read_text())

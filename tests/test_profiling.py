@@ -115,7 +115,7 @@ def test_nothing_is_left_of_it(kind: type[Model]) -> None:
     for rng in ("python", "numpy"):
         assert before.pop(rng) == after.pop(rng)
     assert_same(after, before)
-    assert len(result.points) == 2 * 9
+    assert len(result.points) == 2 * 19
 
 
 def test_the_trainer_and_the_model_fit_afterwards_as_if_nothing_had_been() -> None:
@@ -155,7 +155,7 @@ def test_figures_are_those_of_the_step_by_hand() -> None:
 
     torch.manual_seed(0)
     model = Plain()
-    result = profile(trainer(), model, steps=1, widths=[2, 32, 2], paper=False)
+    result = profile(trainer(), model, steps=1, widths=[2, 32, 2], paper=False, recompute=())
     assert [(point.bits, point.recipe) for point in result.points] == [(32, "rules"), (2, "rules")]
 
     batch = next(iter(model.train_dataloader()))
@@ -211,7 +211,7 @@ def test_manual_optimization_measures_bytes_and_says_so_once() -> None:
 def test_each_type_of_batch_is_measured_and_the_largest_is_shown() -> None:
     data = KGRecDataModule("synthetic:2000", batch_size=256, triple_batch_size=128)
     model = KGAT(dim=16, layer_dims=[16], attention="in-graph")
-    result = profile(trainer(), model, data, steps=2, widths=[32, 2], paper=False)
+    result = profile(trainer(), model, data, steps=2, widths=[32, 2], paper=False, recompute=())
     assert {(row["batch"], row["steps"]) for row in result.curve()} == {("BPRBatch", 2), ("TripleBatch", 2)}
     assert all(point.error == 0 for point in result.points if point.bits == 32)
     largest = max(result.points, key=lambda point: point.raw_bytes)
@@ -223,7 +223,9 @@ def test_each_type_of_batch_is_measured_and_the_largest_is_shown() -> None:
 
 def test_settings_of_the_callback_hold_here_too() -> None:
     def stored(**options: Any) -> int:
-        return profile(trainer(**options), Model(), steps=1, widths=[2], paper=False).points[0].stored_bytes
+        return (
+            profile(trainer(**options), Model(), steps=1, widths=[2], paper=False, recompute=()).points[0].stored_bytes
+        )
 
     left_out = ["!*.5"]
     plain, callback = stored(), stored(callbacks=[TinyKGCallback(bits=8, modules=left_out)])
@@ -239,7 +241,7 @@ def test_a_step_that_does_not_repeat_is_told() -> None:
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             return super().loss(batch) * next(self.stream)
 
-    (note,) = profile(trainer(), Fresh(), steps=1, widths=[8], paper=False).notes
+    (note,) = profile(trainer(), Fresh(), steps=1, widths=[8], paper=False, recompute=()).notes
     assert "does not repeat itself" in note
 
 
@@ -282,7 +284,7 @@ def test_sparse_gradients_lazy_modules_and_frozen_parameters() -> None:
             pass
 
     model = Odd()
-    result = profile(trainer(), model, steps=1, widths=[32, 2], paper=False)
+    result = profile(trainer(), model, steps=1, widths=[32, 2], paper=False, recompute=())
     assert not result.notes
     assert result.points[0].error == 0
     assert result.points[1].error
@@ -298,7 +300,7 @@ def test_at_the_weights_of_a_checkpoint_from_the_midst_of_an_epoch(tmp_path: Pat
 
     def measure(ckpt_path: Path | None, model: L.LightningModule) -> list[tuple[str, float | None]]:
         L.seed_everything(0, verbose=False)
-        result = profile(trainer(), model, data, steps=1, widths=[2], paper=False, ckpt_path=ckpt_path)
+        result = profile(trainer(), model, data, steps=1, widths=[2], paper=False, recompute=(), ckpt_path=ckpt_path)
         return [(point.batch, point.error) for point in result.points]
 
     fresh = KGAT(dim=16, layer_dims=[16], attention="refresh", dropout=0.0)
@@ -311,7 +313,13 @@ def test_at_the_weights_of_a_checkpoint_from_the_midst_of_an_epoch(tmp_path: Pat
 def test_precision_and_dataloaders_from_outside() -> None:
     loader = DataLoader(torch.randn(64, 64), 32)
     result = profile(
-        trainer(precision="bf16-mixed"), Model(), train_dataloaders=loader, steps=9, widths=[32, 8], paper=False
+        trainer(precision="bf16-mixed"),
+        Model(),
+        train_dataloaders=loader,
+        steps=9,
+        widths=[32, 8],
+        paper=False,
+        recompute=(),
     )
     assert len(result.points) == 2 * 2  # the epoch has two batches
     assert result.points[0].error == 0
@@ -355,7 +363,7 @@ def test_files(tmp_path: Path) -> None:
     folder = result.save(tmp_path / "a" / "b")
     assert {path.name for path in folder.iterdir()} == {"profile.json", "ops.csv", "curve.csv", "profile.png"}
     parts = json.loads((folder / "profile.json").read_text())
-    assert len(parts["points"]) == 9
+    assert len(parts["points"]) == 19
     assert parts["curve"] == result.curve()
     with (folder / "ops.csv").open() as file:
         assert [int(row["raw_bytes"]) for row in csv.DictReader(file)] == [row["raw_bytes"] for row in result.rows()]

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_tinykg.activations.keeping import Record
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
 from lightning_tinykg.activations.repeatable import BOUNDED, LINEAR, SAME, SATURATES
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
-from lightning_tinykg.activations.storages import Layout, is_freed
+from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.widths import Widths
 
 
@@ -63,12 +62,15 @@ class Costs:
         self._widths = widths
         self._worth = RECOMPUTE[recompute]
 
-    def pays(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int) -> bool:
-        """Whether making a tensor again is better than keeping its own code of at least ``least`` bits."""
+    def of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int) -> Cost | None:
+        """What it takes to make a tensor again; None where its own code of at least ``least`` bits is better."""
         own = self.own_cost(tensor, rule, least)
         cost = self.of_recipe(recipe, least, own, [])
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
-        return cost.nbytes < own and self._is_worth(share * cost.work, own - cost.nbytes, tensor.nbytes)
+        work = share * cost.work
+        if cost.nbytes >= own or not self._is_worth(work, own - cost.nbytes, tensor.nbytes):
+            return None
+        return Cost(cost.nbytes, work)
 
     def needed(self, recipe: Recipe, least: int) -> int:
         """The least width of what a recipe starts from, so that it makes what ``least`` bits would restore."""
@@ -115,9 +117,9 @@ class Costs:
         if (tensor is not None and ingredient.free) or ingredient.value in counted:
             return _FREE
         least = least if ingredient.floating else 32
-        if kept_record(ingredient, least) is not None:
+        if ingredient.record(least) is not None:
             return _FREE
-        own = math.inf if tensor is None else self._code(Layout.of(tensor), tensor.itemsize, least)
+        own = math.inf if tensor is None else self._code(ingredient.layout, tensor.itemsize, least)
         if ingredient.recipe is not None:
             mark, most = len(counted), min(own, most)
             cost = self.of_recipe(ingredient.recipe, least, most, counted)
@@ -125,7 +127,7 @@ class Costs:
             if cost.nbytes < most and (gone or self._is_worth(cost.work, own - cost.nbytes, ingredient.recipe.nbytes)):
                 return cost
             del counted[mark:]
-        if ingredient.offset == 0 and tensor is not None:
+        if ingredient.layout.offset == 0 and tensor is not None:
             counted.append(ingredient.value)
         return Cost(own, 0)
 
@@ -143,11 +145,3 @@ class Costs:
     def _code(self, layout: Layout, itemsize: int, least: int) -> int:
         raw = layout.numel * itemsize
         return min(self._widths.size(layout, least), raw) if least < 32 else raw
-
-
-def kept_record(ingredient: Ingredient, least: int) -> Record | None:
-    """The record of an ingredient, if it is kept well enough already."""
-    record = ingredient.value.record(ingredient.layout, ingredient.dtype, ingredient.version)
-    if record is None or record.bits < least:
-        return None
-    return None if record.reference is not None and is_freed(record.reference.alias) else record

@@ -38,6 +38,16 @@ class Function:
     renormalizes: bool
     amplified: Amplified
 
+    @property
+    def amplifies(self) -> bool:
+        """Whether there are such arguments."""
+        return self.amplified is not Amplified.NONE
+
+    @property
+    def may_write(self) -> bool:
+        """Whether it changes an argument, or can be told to by position."""
+        return self.in_place or self.renormalizes or self.inplace_at is not None
+
     def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """What a call changes: by ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``.
 
@@ -46,8 +56,6 @@ class Function:
             >>> function_of(Tensor.add_).written((x, 1), {})[0] is x, function_of(torch.add).written((x, 1), {})
             (True, [])
         """
-        if not (self.in_place or kwargs or self.inplace_at is not None or self.renormalizes):
-            return []
         if self.renormalizes:
             bounded = kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)
             return [*args[1:2], kwargs.get("weight")] if bounded else []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_tinykg.activations import changes
 from lightning_tinykg.activations.books import Books
-from lightning_tinykg.activations.costs import Costs, kept_record
+from lightning_tinykg.activations.costs import Costs
 from lightning_tinykg.activations.fragile import FRAGILE
 from lightning_tinykg.activations.functions import Function
 from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Reference, Saved
@@ -92,9 +92,9 @@ class Keeper:
     def before(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op is about to run: if it writes in place what something is to be made from again, copy that first."""
         self._books.next_op(function.backward)
-        if changes.LENT:
+        if (function.may_write or kwargs) and changes.LENT:
             changes.before_change(tensors_in(function.written(args, kwargs)))
-        if self._fragile:
+        if self._fragile and function.amplifies:
             self._keep_fragile(tensors_in(function.amplified.of(args, kwargs)))
 
     def _keep_fragile(self, tensors: Iterable[Tensor]) -> None:
@@ -108,7 +108,8 @@ class Keeper:
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An op has run: note whose memory its results are, and how they can be made again."""
-        self.values.made(out, (args, kwargs))
+        if type(out) is not Tensor or not out.requires_grad:
+            self.values.made(out, (args, kwargs))
         if self._recipes is not None:
             self._recipes.note(func, args, kwargs, out)
 
@@ -287,13 +288,13 @@ class Keeper:
         recipe = None if self._recipes is None else self._recipes.find(tensor)
         if recipe is None or (recipe.computes and not computes):
             return None
-        if not self._costs.pays(recipe, tensor, rule, least):
+        if (cost := self._costs.of_remaking(recipe, tensor, rule, least)) is None:
             return None
         entry.codec = "recipe" if recipe.computes else "gather"
-        entry.recipe = recipe.text()
-        return self._follow(recipe, least, (tensor.shape, tensor.stride(), int(tensor.storage_offset())), entry)
+        entry.recipe, entry.work = recipe.text(), int(cost.work)
+        return self._follow(recipe, least, Layout.of(tensor), entry)
 
-    def _follow(self, recipe: Recipe, least: int, geometry: tuple[Any, Any, int], entry: Entry) -> Kept:
+    def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry) -> Kept:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
         least = self._costs.needed(recipe, least)
         making = recipe.makings.get(least)
@@ -302,7 +303,7 @@ class Keeper:
             op = recipe.repeatable.op
             making = Making(op, args, recipe.kwargs, recipe.shape, recipe.dtype, recipe.autocast)
             recipe.makings[least] = making
-        return Remade(making, *geometry)
+        return Remade(making, layout)
 
     def _argument(self, argument: Any, least: int, entry: Entry) -> Any:
         """What is kept in an argument's place: of tensors a form, of tuples what is in them, all else itself."""
@@ -314,7 +315,7 @@ class Keeper:
         """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe."""
         tensor, layout = ingredient.tensor(), ingredient.layout
         least = least if ingredient.floating else 32
-        record = kept_record(ingredient, least)
+        record = ingredient.record(least)
         if tensor is not None and ingredient.free:
             record = self._books.record(tensor, layout)
             if record.bits < 32:
@@ -322,8 +323,7 @@ class Keeper:
         elif record is None:
             if self._costs.of_ingredient(ingredient, least, math.inf, []).work:  # it is made again in its turn
                 assert ingredient.recipe is not None
-                geometry = (ingredient.shape, ingredient.stride, ingredient.offset)
-                return self._follow(ingredient.recipe, least, geometry, entry)
+                return self._follow(ingredient.recipe, least, layout, entry)
             assert tensor is not None  # else its recipe would have been cheaper
             name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
             record = self._value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record

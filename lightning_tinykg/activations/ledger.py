@@ -27,6 +27,7 @@ class Entry:
         need: what its backward needs of it, by the rules: ``linear``, ``smooth``, ``exact``, ``side`` ...; empty where
             that is not asked, since it costs nothing to keep.
         recipe: where it is made again: the ops, from the tensors ``x`` that are kept.
+        work: bytes that are moved in the backward to make it again, or the time of a matrix product in these.
         shape: the tensor's shape.
         dtype: its dtype.
         raw_bytes: what the uncompressed graph keeps alive because of this save: the storage's bytes at its first
@@ -43,6 +44,7 @@ class Entry:
     stored_bytes: int = 0
     need: str = ""
     recipe: str = ""
+    work: int = 0
 
 
 def format_bytes(count: float) -> str:
@@ -101,6 +103,11 @@ class Ledger:
         return sum(entry.stored_bytes for entry in self.entries)
 
     @property
+    def work(self) -> int:
+        """Bytes that are moved in the backward to make again what was not kept."""
+        return sum(entry.work for entry in self.entries)
+
+    @property
     def ratio(self) -> float:
         """``raw_bytes / stored_bytes``; 1.0 where nothing was kept, infinity where only nothing is kept instead."""
         if not self.stored_bytes:
@@ -115,17 +122,17 @@ class Ledger:
         """The saves added up by module, op and codec, the largest first.
 
         Returns:
-            Dictionaries with ``module``, ``op``, ``codec``, ``saves``, ``raw_bytes``, ``stored_bytes``.
+            Dictionaries with ``module``, ``op``, ``codec``, ``recipe``, ``saves``, ``raw_bytes``, ``stored_bytes``,
+            ``work``.
         """
-        groups: dict[tuple[str, str, str], dict[str, Any]] = {}
+        groups: dict[tuple[str, ...], dict[str, Any]] = {}
+        names, counts = ("module", "op", "codec", "recipe"), ("raw_bytes", "stored_bytes", "work")
         for entry in self.entries:
-            key = (entry.module, entry.op, entry.codec)
-            group = groups.setdefault(
-                key, {"module": key[0], "op": key[1], "codec": key[2], "saves": 0, "raw_bytes": 0, "stored_bytes": 0}
-            )
+            key = tuple(getattr(entry, name) for name in names)
+            group = groups.setdefault(key, dict(zip(names, key, strict=True)) | dict.fromkeys(("saves", *counts), 0))
             group["saves"] += 1
-            group["raw_bytes"] += entry.raw_bytes
-            group["stored_bytes"] += entry.stored_bytes
+            for name in counts:
+                group[name] += getattr(entry, name)
         return sorted(groups.values(), key=lambda group: -max(group["raw_bytes"], group["stored_bytes"]))
 
     def table(self, limit: int = 30) -> Table:
@@ -137,21 +144,23 @@ class Ledger:
         table = Table(title=f"Saved tensors: {self!r}", title_justify="left")
         for column in ("module", "op", "kept as"):
             table.add_column(column, overflow="fold")
-        for column in ("saves", "raw", "stored"):
+        for column in ("saves", "raw", "stored", "moved"):
             table.add_column(column, justify="right", no_wrap=True)
         groups = [group for group in self.summary() if group["raw_bytes"] or group["stored_bytes"]]
         for group in groups[:limit]:
             table.add_row(
                 group["module"] or "-",
                 group["op"],
-                group["codec"],
+                group["recipe"] or group["codec"],
                 str(group["saves"]),
                 format_bytes(group["raw_bytes"]),
                 format_bytes(group["stored_bytes"]),
+                format_bytes(group["work"]) if group["work"] else "",
             )
         if rest := groups[limit:]:
-            raw, stored, saves = (sum(g[name] for g in rest) for name in ("raw_bytes", "stored_bytes", "saves"))
-            table.add_row("...", "", "", str(saves), format_bytes(raw), format_bytes(stored))
+            saves = sum(group["saves"] for group in rest)
+            sums = [format_bytes(sum(group[name] for group in rest)) for name in ("raw_bytes", "stored_bytes", "work")]
+            table.add_row("...", "", "", str(saves), *sums)
         return table
 
     def plot(self, limit: int = 20) -> Figure:

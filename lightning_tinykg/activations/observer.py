@@ -105,6 +105,8 @@ class Observer(TorchFunctionMode):
             self._claim(tensors_in((args, kwargs)), None, "")
         self.keeper.before(function, args, kwargs)
         out = func(*args, **kwargs)
+        if function.reads and not isinstance(out, Tensor):
+            return out
         if isinstance(out, (Tensor, tuple, list)):
             self.keeper.observe(func, args, kwargs, out)
             if self._pending:

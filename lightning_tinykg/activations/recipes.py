@@ -23,6 +23,7 @@ from lightning_tinykg.activations.storages import Layout, is_freed, is_plain, te
 from lightning_tinykg.activations.values import Value, Values
 
 if TYPE_CHECKING:
+    from lightning_tinykg.activations.keeping import Record
     from lightning_tinykg.activations.remaking import Making
 
 _SWEEP = 16
@@ -34,44 +35,41 @@ class Ingredient:
     """A tensor that a recipe starts from.
 
     Attributes:
-        find: gives the tensor that it is a view of, or None once that is gone.
+        find: gives the tensor, or the one that it is a view of; None once that is gone.
+        whole: whether it is no view.
         value: its storage.
         version: version at which it was used.
-        shape: its shape.
-        stride: its strides.
-        offset: its offset.
+        layout: how it lies in its storage.
         dtype: its dtype.
+        floating: whether it is a float; if not, it is an index or a mask.
         recipe: how it was made in its turn, if that is known.
         free: whether it is the user's, and can be referred to: a parameter or a view of one, an index.
     """
 
     find: Callable[[], Tensor | None]
+    whole: bool
     value: Value
     version: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+    layout: Layout
     dtype: torch.dtype
+    floating: bool
     recipe: Recipe | None
     free: bool
-
-    @property
-    def layout(self) -> Layout:
-        """How it lies in its storage."""
-        return Layout.at(self.shape, self.stride, self.offset)
-
-    @property
-    def floating(self) -> bool:
-        """Whether it is a float; if not, it is an index or a mask."""
-        return self.dtype.is_floating_point
 
     def tensor(self) -> Tensor | None:
         """The tensor, if it is still there and still what it was."""
         base = self.find()
-        if base is None or base._version != self.version or is_freed(base):
+        if base is None or base._version != self.version or (self.free and is_freed(base)):
             return None
-        same = base.shape == self.shape and base.stride() == self.stride and base.storage_offset() == self.offset
-        return base if same else base.as_strided(self.shape, self.stride, self.offset)
+        layout = self.layout
+        return base if self.whole else base.as_strided(layout.shape, layout.stride, layout.offset)
+
+    def record(self, least: int) -> Record | None:
+        """What is kept of it, if that is exact enough."""
+        record = self.value.record(self.layout, self.dtype, self.version)
+        if record is None or record.bits < least:
+            return None
+        return None if record.reference is not None and is_freed(record.reference.alias) else record
 
 
 @dataclass(slots=True, eq=False)
@@ -116,7 +114,7 @@ class Recipe:
         """The bytes that are moved to run the op again, or the time of a matrix product in these."""
         passes = self.repeatable.passes
         if self.repeatable.product:
-            passes += self.ingredients[0].shape[-1] / FLOPS_PER_BYTE
+            passes += self.ingredients[0].layout.shape[-1] / FLOPS_PER_BYTE
         return passes * self.nbytes
 
     def text(self, depth: int = 3) -> str:
@@ -214,27 +212,20 @@ class RecipeBook:
         if not isinstance(argument, Tensor):
             return argument
         value = self._values.of(argument)
-        floating = argument.is_floating_point()
+        dtype, version = argument.dtype, argument._version
+        floating = dtype.is_floating_point
         recipe = value.recipe
-        if recipe is not None and recipe.version != argument._version:
+        if recipe is not None and recipe.version != version:
             recipe = None
-        free = self._values.is_users(argument, None if floating else (argument,))
+        free = False if value.users is False else self._values.is_users(argument, None if floating else (argument,))
+        base = argument._base
         find: Callable[[], Tensor | None]
-        if free or argument.nbytes <= most:
-            find = _Strong(argument)
+        if free or (most and argument.nbytes <= most):
+            find, base = _Strong(argument), None
         else:
-            find = weakref.ref(argument if argument._base is None else argument._base)
-        ingredient = Ingredient(
-            find,
-            value,
-            argument._version,
-            argument.shape,
-            argument.stride(),
-            int(argument.storage_offset()),
-            argument.dtype,
-            recipe,
-            free,
-        )
+            find = weakref.ref(argument if base is None else base)
+        layout = Layout.of(argument)
+        ingredient = Ingredient(find, base is None, value, version, layout, dtype, floating, recipe, free)
         ingredients.append(ingredient)
         return ingredient
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_tinykg.activations.keeping import Coded, Levels, Reference
+from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.codecs.affine import AffineCode
 
@@ -99,15 +100,11 @@ class Remade:
 
     Attributes:
         making: how it is made.
-        shape: shape of the view.
-        stride: its strides.
-        offset: its offset.
+        layout: how the view lies.
     """
 
     making: Making
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+    layout: Layout
 
     def __post_init__(self) -> None:
         self.making.saves += 1
@@ -119,9 +116,10 @@ class Remade:
     def run(self, workspace: Workspace) -> tuple[Tensor, bool]:
         """As :meth:`Making.run`."""
         made, own = self.making.run(workspace)
-        if (made.shape, made.stride(), self.offset) == (self.shape, self.stride, 0):
+        shape, stride, offset = self.layout.shape, self.layout.stride, self.layout.offset
+        if not offset and made.shape == shape and made.stride() == stride:
             return made if own else made.detach(), own
-        return made.as_strided(self.shape, self.stride, made.storage_offset() + self.offset), False
+        return made.as_strided(shape, stride, made.storage_offset() + offset), False
 
 
 def _restored(argument: Any, workspace: Workspace) -> tuple[Any, bool]:

@@ -7,7 +7,6 @@ storage, never by address: addresses are used again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -40,21 +39,27 @@ def _without_suffix(name: str) -> str:
     return name.rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
-def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+def tensors_in(value: Any, depth: int = 3) -> list[Tensor]:
     """The tensors in an argument or a result: itself, or in lists, tuples and dicts up to ``depth`` deep.
 
     Example:
-        >>> len(list(tensors_in([torch.ones(1), {"a": (torch.ones(1), 3)}])))
+        >>> len(tensors_in([torch.ones(1), {"a": (torch.ones(1), 3)}]))
         2
     """
     if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item, depth - 1)
-    elif depth and isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item, depth - 1)
+        return [value]
+    found: list[Tensor] = []
+    if isinstance(value, (list, tuple, dict)):
+        _collect(value, depth, found)
+    return found
+
+
+def _collect(values: Any, depth: int, found: list[Tensor]) -> None:
+    for item in values.values() if isinstance(values, dict) else values:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif depth > 1 and item and isinstance(item, (list, tuple, dict)):
+            _collect(item, depth - 1, found)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -50,28 +50,27 @@ class Value:
         self.payer: Entry | None = None
         self.references: list[Entry] = []
         # weak: what no save holds any more, after a backward within the context, nobody asks for
-        self._records: WeakValueDictionary[tuple[Any, ...], Record] | None = None
+        self._records: dict[tuple[Any, ...], ref[Record]] = {}
 
     def record(self, layout: Layout, dtype: torch.dtype, version: int) -> Record | None:
         """What is kept of these elements of it, if anything is."""
-        return None if self._records is None else self._records.get(_key(layout, dtype, version))
+        if not self._records:
+            return None
+        record = self._records.get(_key(layout, dtype, version))
+        return None if record is None else record()
 
     def keep(self, layout: Layout, dtype: torch.dtype, version: int, record: Record) -> None:
         """Note what is kept of these elements."""
-        if self._records is None:
-            self._records = WeakValueDictionary()
-        self._records[_key(layout, dtype, version)] = record
+        self._records[_key(layout, dtype, version)] = ref(record)
 
     @property
     def records(self) -> list[Record]:
         """All that is kept of it."""
-        return [] if self._records is None else list(self._records.values())
+        return [record for reference in self._records.values() if (record := reference()) is not None]
 
     def drop(self, record: Record) -> None:
         """Forget what was kept."""
-        if self._records is not None:
-            for key in [key for key, kept in self._records.items() if kept is record]:
-                del self._records[key]
+        self._records = {key: kept for key, kept in self._records.items() if kept() is not record}
 
 
 def _key(layout: Layout, dtype: torch.dtype, version: int) -> tuple[Any, ...]:
@@ -149,7 +148,7 @@ class Values:
             given: what the op that saves it was given: arguments, with tensors among them; None where that is not
                 known.
         """
-        if is_parameter(tensor) or is_parameter(tensor._base):
+        if is_parameter(tensor) or ((base := tensor._base) is not None and is_parameter(base)):
             return True  # even if it was made just now: FSDP gathers its weights within the forward
         value = self.of(tensor)
         if value.users is not None:
@@ -160,5 +159,7 @@ class Values:
             value.users = False
         else:  # saved, not made by an op that was seen, and an input: it was there before
             storage = storage_id(tensor)
-            return any(is_plain(t) and storage_id(t) == storage for t in tensors_in(given))
+            if not any(is_plain(t) and storage_id(t) == storage for t in tensors_in(given)):
+                return False
+            value.users = True
         return value.users

@@ -25,10 +25,14 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_tinykg.activations import Ledger, compress_activations
+from lightning_tinykg.activations.costs import RECOMPUTE
 from lightning_tinykg.bits.schedule import WIDTHS, check_bits
 from lightning_tinykg.callback import TinyKGCallback
 from lightning_tinykg.profiling.report import Point, Profile
 from lightning_tinykg.profiling.undo import Undo, refill
+
+Ways = dict[str, dict[str, Any]]
+"""By name: settings of :class:`~lightning_tinykg.compress_activations` that are compared."""
 
 _PLAIN = (Tensor, list, tuple, dict)
 """What a default DataLoader yields, and then nothing else: no need to look for other types of batch."""
@@ -43,6 +47,7 @@ def profile(
     steps: int = 3,
     widths: Sequence[int] = tuple(reversed(WIDTHS)),
     paper: bool = True,
+    recompute: Sequence[str] = ("off", "aggressive"),
     scan: int = 200,
     ckpt_path: str | Path | None = None,
 ) -> Profile:
@@ -51,9 +56,10 @@ def profile(
     Nothing is trained. The Trainer sets the model up as it does for a fit, up to the first batch. There, the training
     step is run with the same weights and the same random state once plainly, once again to see whether it repeats,
     and once at each width; each gradient is compared with the plain one. Batches of several types, as KGAT's, are
-    measured each. The Trainer's callbacks and loggers take no part, except that ``group_size``, ``min_bytes`` and
-    ``modules`` of a :class:`~lightning_tinykg.TinyKGCallback` hold here, too. Afterwards weights, buffers, metric
-    states, gradients, random states and the Trainer are what they were; this takes two copies of the weights.
+    measured each. The Trainer's callbacks and loggers take no part, except that ``group_size``, ``min_bytes``,
+    ``modules`` and ``recompute`` of a :class:`~lightning_tinykg.TinyKGCallback` hold here, too. Afterwards weights,
+    buffers, metric states, gradients, random states and the Trainer are what they were; this takes two copies of the
+    weights.
 
     Under manual optimization the step takes its gradients itself: then bytes are measured, and no error.
 
@@ -65,6 +71,7 @@ def profile(
         steps: batches to measure, of each type.
         widths: bits to try: 1, 2, 4, 8, 32.
         paper: whether to try the paper's recipe at these widths as well.
+        recompute: settings of ``recompute`` to try as well, besides the default.
         scan: batches to look through for other types of batch, which may come late in an epoch.
         ckpt_path: a checkpoint whose weights to measure at: errors move in training.
 
@@ -93,7 +100,13 @@ def profile(
             "trainer must have one device and an unsharded model, since one process is measured: use "
             f"Trainer(devices=1), got {type(trainer.strategy).__name__} with {trainer.world_size} devices"
         )
-    probe = _Probe(steps, sorted(set(widths), reverse=True), paper, scan, ckpt_path, _settings(trainer))
+    for setting in recompute:
+        if setting not in RECOMPUTE:
+            raise ValueError(f"recompute must be some of {', '.join(map(repr, RECOMPUTE))}, got {setting!r}")
+    ways: Ways = {"rules": {}} | {f"rules, {setting}": {"recompute": setting} for setting in recompute}
+    if paper:
+        ways["paper"] = {"recipe": "paper"}
+    probe = _Probe(steps, sorted(set(widths), reverse=True), ways, scan, ckpt_path, _settings(trainer))
     with isolate_rng(), Undo(model), _borrowed(trainer, probe):
         trainer.fit(model, train_dataloaders, datamodule=datamodule)
     if not probe.profile.points:
@@ -111,13 +124,13 @@ class _Probe(Callback):
         self,
         steps: int,
         widths: list[int],
-        paper: bool,
+        ways: Ways,
         scan: int,
         ckpt_path: str | Path | None,
         settings: dict[str, Any],
     ) -> None:
         self.steps, self.widths, self.scan, self.ckpt_path, self.settings = steps, widths, scan, ckpt_path, settings
-        self.recipes = ("rules", "paper") if paper else ("rules",)
+        self.ways = ways
         self.profile = Profile()
         self.variants: dict[tuple[str, int], compress_activations] = {}
 
@@ -133,10 +146,10 @@ class _Probe(Callback):
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise ValueError("training_step takes a dataloader_iter: a batch that it fetches can't be measured again")
         self.variants = {
-            (recipe, bits): compress_activations(bits, recipe=recipe, root=pl_module, **self.settings)
-            for recipe in self.recipes
+            (way, bits): compress_activations(bits, root=pl_module, **(self.settings | options))
+            for way, options in self.ways.items()
             for bits in self.widths
-            if (recipe, bits) != ("paper", 32)  # the paper has no exact mode
+            if (way, bits) != ("paper", 32)  # the paper has no exact mode
         }
         pl_module._current_fx_name = "training_step"  # where self.log() is called, as far as Lightning is concerned
         measured: Counter[str] = Counter()
@@ -173,7 +186,7 @@ class _Probe(Callback):
             error = None if gradient is None else _error(gradient, exact)
             ledgers[recipe, bits] = ledger
             sizes = ledger.raw_bytes, ledger.stored_bytes
-            self.profile.points.append(Point(number, type(batch).__name__, bits, recipe, *sizes, error))
+            self.profile.points.append(Point(number, type(batch).__name__, bits, recipe, *sizes, error, ledger.work))
         if _raw(ledgers) > _raw(self.profile.ledgers):
             self.profile.ledgers = ledgers
 
@@ -260,7 +273,8 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
     """Those settings of the Trainer's or its strategy's TinyKGCallback that are not varied here."""
     own = (*trainer.callbacks, getattr(trainer.strategy, "tinykg", None))
     compression = next((callback._compression for callback in own if isinstance(callback, TinyKGCallback)), None)
-    return {name: getattr(compression, name) for name in ("group_size", "min_bytes", "modules")} if compression else {}
+    names = ("group_size", "min_bytes", "modules", "recompute")
+    return {name: getattr(compression, name) for name in names} if compression else {}
 
 
 def _send_to_wandb(trainer: Trainer, profile: Profile) -> None:

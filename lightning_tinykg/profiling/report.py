@@ -27,10 +27,11 @@ class Point:
         step: which of the measured steps.
         batch: type of its batch.
         bits: the width.
-        recipe: ``"rules"`` or ``"paper"``.
+        recipe: ``"rules"``, ``"rules, off"`` or ``"rules, aggressive"`` (settings of ``recompute``), or ``"paper"``.
         raw_bytes: what the uncompressed graph keeps.
         stored_bytes: what is kept instead.
         error: of the gradient of all parameters, ``|g - exact| / |exact|``; None where it can't be measured.
+        work: bytes that are moved in the backward to make again what was not kept.
     """
 
     step: int
@@ -40,6 +41,7 @@ class Point:
     raw_bytes: int
     stored_bytes: int
     error: float | None
+    work: int = 0
 
 
 @dataclass
@@ -85,6 +87,7 @@ class Profile:
             errors = [point.error for point in points if point.error is not None]
             row = {"batch": batch, "recipe": recipe, "bits": bits, "steps": len(points)}
             row |= {"raw_bytes": raw, "stored_bytes": stored, "ratio": raw / stored if stored else None}
+            row["work"] = largest.work
             curve.append(row | {"error": sum(errors) / len(errors) if errors else None})
         return curve
 
@@ -108,13 +111,14 @@ class Profile:
         kept.add_row("all", "", *sums(rows))
 
         curve = Table(title="Budget curve: what is kept, at what error of the gradient")
-        for name in ("batch", "kept by", "bits", "raw", "stored", "ratio", "error"):
+        for name in ("batch", "kept by", "bits", "raw", "stored", "ratio", "moved", "error"):
             curve.add_column(name, justify="left" if name in ("batch", "kept by") else "right", no_wrap=True)
         for row in self.curve():
             sizes = format_bytes(row["raw_bytes"]), format_bytes(row["stored_bytes"])
             ratio = f"{row['ratio']:.1f}x" if row["ratio"] is not None else "-"
             error = "not measured" if row["error"] is None else f"{row['error']:.2%}" if row["error"] else "exact"
-            curve.add_row(row["batch"], row["recipe"], str(row["bits"]), *sizes, ratio, error)
+            moved = format_bytes(row["work"]) if row["work"] else "-"
+            curve.add_row(row["batch"], row["recipe"], str(row["bits"]), *sizes, ratio, moved, error)
         return Group(kept, curve, *self.notes)
 
     def __str__(self) -> str:
@@ -150,7 +154,7 @@ class Profile:
                     errors.axvline(row["stored_bytes"] / MIB, color=colors[batch], ls=":", label=f"{batch}, exact")
             rows = [row for row in rows if row["error"]]
             stored = [row["stored_bytes"] / MIB for row in rows]
-            style = {"marker": "s", "ls": "--"} if recipe == "paper" else {"marker": "o", "ls": "-"}
+            style = _STYLES.get(recipe, {"marker": "o", "ls": "-"})
             label = f"{batch}, {recipe}"
             errors.plot(stored, [row["error"] for row in rows], color=colors[batch], label=label, **style)
             for row, x in zip(rows, stored, strict=True):
@@ -181,5 +185,11 @@ class Profile:
         self.plot().savefig(folder / "profile.png", dpi=120)
         return folder
 
+
+_STYLES = {
+    "paper": {"marker": "s", "ls": "--"},
+    "rules, off": {"marker": "v", "ls": ":"},
+    "rules, aggressive": {"marker": "^", "ls": "-."},
+}
 
 _SHADES = ("#f2c14e", "#8fb8de", "#5b8ec9", "#1f5aa6", "#0b2447")
