@@ -22,9 +22,10 @@ import torch
 from speed_clock import Clock, against, interleaved
 from torch import Tensor
 
+from lightning_tinykg.activations.rules import RELU
 from lightning_tinykg.codecs import dequantize, quantize
 from lightning_tinykg.codecs.kernels import kernels_for, use
-from lightning_tinykg.codecs.lossless import encode_bool, encode_signs
+from lightning_tinykg.codecs.lossless import encode_bool, encode_levels, encode_signs, encode_two_levels
 
 KEY = 0x9E3779B97F4A7C15
 """Of the noise."""
@@ -80,9 +81,27 @@ def ours(x: Tensor, by: str, group_size: int) -> list[Codec]:
         )
         for bits in (8, 4, 2, 1)
     ]
+
+    def put_into(code: Any, out: Tensor) -> Tensor:
+        restored: Tensor = code.decode(lambda numel, **_: out.view(-1)[:numel])
+        return restored
+
+    def decode(code: Any) -> Tensor:
+        restored: Tensor = code.decode()
+        return restored
+
+    side = partial(encode_levels, cut=RELU.inside, levels=RELU.levels)
+    kept = torch.where(torch.rand_like(x) < 0.8, 1.25, 0.0)
     masks = [
-        Codec(name, by, t, encode, lambda code: code.decode(), lambda code: int(code.nbytes), None, context, False)
-        for name, t, encode in (("mask of bools", x > 0, encode_bool), ("signs", x, encode_signs))
+        Codec(name, by, t, encode, decode, lambda code: int(code.nbytes), put_into, context, False)
+        for name, t, encode in (
+            ("mask of bools", x > 0, encode_bool),
+            ("side of ReLU", x, side),
+            ("side of ReLU, bfloat16", x.bfloat16(), side),
+            ("signs", x, encode_signs),
+            ("signs, bfloat16", x.bfloat16(), encode_signs),
+            ("mask of dropout", kept, encode_two_levels),
+        )
     ]
     return [*rounding, *masks]
 

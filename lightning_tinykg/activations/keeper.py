@@ -200,9 +200,8 @@ class Keeper:
         if layout.numel * tensor.itemsize < self._min_bytes:
             return self._exact(tensor, entry)
         if floating and isinstance(rule, Side):
-            levels = torch.tensor(rule.levels, dtype=tensor.dtype, device=tensor.device)
-            inside = rule.inside
-            return self._levels(tensor, layout, rule.key, lambda run: encode_levels(run, inside, levels), entry)
+            inside, levels = rule.inside, rule.levels
+            return self._levels(tensor, layout, inside, lambda run: encode_levels(run, inside, levels), entry)
         if floating and rule is ANGLE and least < 32:
             group = self.widths.group(layout, least)
 

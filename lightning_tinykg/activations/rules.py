@@ -32,13 +32,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from math import inf, nan
+from math import inf, isnan, nan
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_tinykg.activations.storages import node_name
+from lightning_tinykg.codecs.cuts import Cut
 
 
 class Need(Enum):
@@ -62,13 +62,11 @@ class Side:
     """A backward that only asks on which side of a threshold an element lies.
 
     Attributes:
-        key: what tells two sides apart: the kind and its thresholds.
-        inside: the question, in the words of the op's own kernel, so that NaN gets the kernel's answer.
+        inside: the question, as the op's own kernel asks it, so that NaN gets the kernel's answer: 1 is yes.
         levels: an element to restore for "no" and one for "yes": any that give the same answer.
     """
 
-    key: tuple[Any, ...]
-    inside: Callable[[Tensor], Tensor]
+    inside: Cut
     levels: tuple[float, float]
 
 
@@ -76,65 +74,41 @@ Rule = Need | Side
 
 _Rules = Mapping[str, Rule | Callable[[Any], Rule]]
 
-
-def _sides(kind: str, inside: Callable[[Tensor], Tensor], no: float, yes: float) -> Side:
-    return Side((kind,), inside, (no, yes))
-
-
-RELU = _sides("relu", lambda x: ~(x <= 0), 0.0, 1.0)
-LEAKY_RELU = _sides("leaky_relu", lambda x: x > 0, -1.0, 1.0)
-HARDSIGMOID = _sides("hardsigmoid", lambda x: (x > -3) & (x < 3), 4.0, 0.0)
-FINITE = _sides("finite", torch.isfinite, inf, 0.0)
-
-
-def _in(x: Tensor, bound: float) -> Tensor:
-    """A threshold as the kernel sees it: rounded to the tensor's dtype."""
-    return torch.full((), bound, dtype=x.dtype, device=x.device)
+RELU = Side(Cut(0.0, 0.0, above=1, nan=1), (0.0, 1.0))
+LEAKY_RELU = Side(Cut(0.0, 0.0, above=1), (-1.0, 1.0))
+HARDSIGMOID = Side(Cut(-3.0, 3.0, within=1, open=True), (4.0, 0.0))
+FINITE = Side(Cut(-inf, inf, within=1, open=True), (inf, 0.0))
 
 
 def _threshold(node: Any) -> Rule:
     bound = node._saved_threshold
-    # this kernel compares 16-bit floats as float32, and does not round its threshold to them
-    return Side(("threshold", bound), lambda x: ~((x.float() if x.itemsize == 2 else x) <= bound), (-inf, nan))
-
-
-def _clamp_min(node: Any) -> Rule:
-    if hasattr(node, "_raw_saved_min"):
+    if isnan(bound):
         return EXACT
-    bound = node._saved_min
-    return Side(("clamp_min", bound), lambda x: x >= _in(x, bound), (nan, inf))
-
-
-def _clamp_max(node: Any) -> Rule:
-    if hasattr(node, "_raw_saved_max"):
-        return EXACT
-    bound = node._saved_max
-    return Side(("clamp_max", bound), lambda x: x <= _in(x, bound), (nan, -inf))
+    return Side(Cut(bound, bound, above=1, nan=1, wide_on_cpu=True), (-inf, nan))
 
 
 def _clamp(node: Any) -> Rule:
-    if hasattr(node, "_raw_saved_min"):
+    if hasattr(node, "_raw_saved_min") or hasattr(node, "_raw_saved_max"):
+        return EXACT  # the ends are tensors
+    low, high = getattr(node, "_saved_min", None), getattr(node, "_saved_max", None)
+    low, high = -inf if low is None else low, inf if high is None else high
+    if not low <= high:
         return EXACT
-    low, high = node._saved_min, node._saved_max
-    if high is None:
-        return _clamp_min(node)
-    if low is None:
-        return _clamp_max(node)
-    if low > high:
-        return EXACT
-    return Side(("clamp", low, high), lambda x: (x >= _in(x, low)) & (x <= _in(x, high)), (nan, low))
+    return Side(Cut(low, high, within=1), (nan, low if low > -inf else high))
 
 
 def _hardtanh(node: Any) -> Rule:
     low, high = node._saved_min_val, node._saved_max_val
     if not high - low > max(abs(low), abs(high)) / 64:
         return EXACT  # rounded to bfloat16, nothing might be between them
-    return Side(("hardtanh", low, high), lambda x: ~((x <= _in(x, low)) | (x >= _in(x, high))), (inf, (low + high) / 2))
+    return Side(Cut(low, high, within=1, nan=1, open=True), (inf, (low + high) / 2))
 
 
 def _shrink(node: Any) -> Rule:
     bound = node._saved_lambd
-    return Side(("shrink", bound), lambda x: ~((x >= _in(x, -bound)) & (x <= _in(x, bound))), (0.0, inf))
+    if not bound >= 0:
+        return EXACT
+    return Side(Cut(-bound, bound, below=1, above=1, nan=1), (0.0, inf))
 
 
 def _vector_norm(node: Any) -> Rule:
@@ -214,8 +188,8 @@ RULES: dict[str, _Rules] = {
     "LeakyRelu": {"self": LEAKY_RELU, "result": LEAKY_RELU},
     "Threshold": {"self": _threshold},
     "Clamp": {"self": _clamp},
-    "ClampMin": {"self": _clamp_min},
-    "ClampMax": {"self": _clamp_max},
+    "ClampMin": {"self": _clamp},
+    "ClampMax": {"self": _clamp},
     "Hardtanh": {"self": _hardtanh, "result": _hardtanh},
     "Hardsigmoid": {"self": HARDSIGMOID},
     "Hardshrink": {"self": _shrink},
@@ -276,6 +250,7 @@ def rule_for(node: Any, attribute: str) -> Rule:
         nothing that an op has claimed, and ``EXACT`` if it is an op of PyTorch's own.
 
     Example:
+        >>> import torch
         >>> x = torch.randn(3, requires_grad=True)
         >>> rule_for(x.exp().grad_fn, "result"), rule_for(x.log().grad_fn, "self")
         (<Need.LINEAR: 'linear'>, <Need.EXACT: 'exact'>)

@@ -54,6 +54,30 @@ def iterate_chunks(
         yield first * row, rows[first : first + step]
 
 
+def is_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's elements are what its memory holds, in order, so that kernels can read it there."""
+    return tensor.is_contiguous() and not (tensor._is_zerotensor() or tensor.is_neg())
+
+
+def iterate_flat(tensor: Tensor, multiple: int) -> Iterator[tuple[int, Tensor]]:
+    """A tensor's elements as kernels can read them: all at once, or in copies of pieces.
+
+    Args:
+        tensor: any shape and strides.
+        multiple: each piece but the last has a multiple of this many elements.
+
+    Yields:
+        The position of the first element, and the elements, flat.
+    """
+    if is_memory(tensor):
+        yield 0, tensor.view(-1)
+        return
+    for start, chunk in iterate_chunks(tensor, multiple, tensor.itemsize):
+        flat = torch.empty(chunk.numel(), dtype=tensor.dtype, device=tensor.device)
+        flat.view(chunk.shape).copy_(chunk)
+        yield start, flat
+
+
 def iterate_groups(
     tensor: Tensor, group_size: int, dtypes: tuple[torch.dtype, ...]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -69,7 +93,7 @@ def iterate_groups(
         piece itself, or a copy in float32, whose last, short group is filled up with an element of its own.
     """
     direct = 0
-    if tensor.dtype in dtypes and tensor.is_contiguous() and not (tensor._is_zerotensor() or tensor.is_neg()):
+    if tensor.dtype in dtypes and is_memory(tensor):
         flat = tensor.view(-1)
         direct = flat.numel() // group_size * group_size
         if direct:

@@ -2,23 +2,26 @@
 
 A **mask** keeps one bit per element, and restores one of two representatives. It serves bool masks (False, True),
 dropout's float masks (0 and 1 / (1 - p)), and every op whose backward only asks on which side of a threshold an
-element lies: ReLU keeps whether its result is positive, and restores 1 or 0.
+element lies: ReLU keeps whether its result is positive, and restores 1 or 0. What is asked of an element is a
+:class:`~lightning_tinykg.codecs.cuts.Cut`; it is asked, and the answer packed, in one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_tinykg.codecs.affine import Allocate
-from lightning_tinykg.codecs.chunks import iterate_chunks
+from lightning_tinykg.codecs.chunks import iterate_chunks, iterate_flat
+from lightning_tinykg.codecs.cuts import NONZERO, SIGNS, Cut
 from lightning_tinykg.codecs.kernels import kernels_for
+from lightning_tinykg.codecs.packing import packed_size
 
-_SCRATCH = 4  # bytes for each element while its class is found: a few bools
 _BLOCK = 1 << 15  # elements whose codes are packed together; what is stored depends on it
 
 
@@ -104,63 +107,77 @@ class LevelCode:
 
     def decode(self, allocate: Allocate = torch.empty) -> Tensor:
         """The level of each element: shape ``[numel]``."""
-        lanes = 8 // self.bits
-        out = allocate(self.codes.numel() * lanes, dtype=self.levels.dtype, device=self.codes.device)
+        out = allocate(self.numel, dtype=self.levels.dtype, device=self.codes.device)
         kernels = kernels_for(out.device)
-        for codes, part in zip(_blocks(self.codes, _BLOCK // lanes), _blocks(out, _BLOCK), strict=True):
+        for part, codes in _rows(out, self.codes, self.bits):
             kernels.unpack_levels(codes, self.levels, self.bits, part)
-        return out[: self.numel]
+        return out
 
 
-def encode_levels(
-    tensor: Tensor, classify: Callable[[Tensor], Tensor], levels: Tensor, name: str = "mask"
-) -> LevelCode:
-    """Keep which of a few levels each element belongs to.
+def encode_levels(tensor: Tensor, cut: Cut, levels: Tensor | Sequence[float], name: str = "mask") -> LevelCode:
+    """Keep in which class of a cut each element is.
 
     Args:
-        tensor: any shape, strides and dtype.
-        classify: maps a piece of the tensor, of any shape, to the index of each element's level (bool or uint8).
-        levels: what to restore, shape ``[2]`` (1 bit) or ``[4]`` (2 bits).
+        tensor: a float of 16, 32 or 64 bits; any shape and strides.
+        cut: which classes there are, and the code of each.
+        levels: what to restore for each code, 2 or 4 values: a tensor, whose dtype is the restored one, or numbers, for
+            the tensor's own.
         name: the codec's name in a ledger.
 
     Returns:
         The code.
 
     Raises:
-        ValueError: if there are neither 2 nor 4 levels.
+        ValueError: if the tensor can't be cut, or there are not as many levels as codes.
 
     Example:
         >>> x = torch.tensor([-1.5, 0.0, 2.0])
-        >>> encode_levels(x, lambda piece: piece > 0, torch.tensor([0.0, 1.0])).decode()
-        tensor([0., 0., 1.])
+        >>> encode_levels(x, Cut(0.0, 0.0, above=1), (-7.0, 7.0)).decode()
+        tensor([-7., -7.,  7.])
     """
-    if levels.numel() not in (2, 4):
-        raise ValueError(f"levels must have 2 or 4 elements, got {levels.numel()}")
-    bits, numel = levels.numel() // 2, tensor.numel()
-    lanes = 8 // bits
-    codes = torch.empty(-(-numel // lanes), dtype=torch.uint8, device=tensor.device)
+    bits = cut.bits
+    if len(levels) != 2**bits:
+        raise ValueError(f"levels must be {2**bits}, one for each code of {bits} bits, got {len(levels)}")
+    codes = _room(tensor, bits)
     kernels = kernels_for(tensor.device)
-    pieces = iterate_chunks(tensor, _BLOCK, _SCRATCH) if numel > _BLOCK else ((0, tensor),)
-    for start, piece in pieces:
-        classes = classify(piece).reshape(-1).contiguous().view(torch.uint8)
-        if spare := -classes.numel() % lanes:
-            classes = torch.cat([classes, classes.new_zeros(spare)])
-        place = codes if numel <= _BLOCK else codes[start // lanes : (start + classes.numel()) // lanes]
-        for block, part in zip(_blocks(classes, _BLOCK), _blocks(place, _BLOCK // lanes), strict=True):
-            kernels.pack(block, bits, part)
-    return LevelCode(codes, levels, numel, name)
+    for rows, place in _pieces(tensor, codes, bits):
+        kernels.pack_classes(rows, cut, place)
+    values = levels if isinstance(levels, Tensor) else _on_device(levels, tensor)
+    return LevelCode(codes, values, tensor.numel(), name)
 
 
-def _blocks(flat: Tensor, width: int) -> Iterator[Tensor]:
-    """A flat tensor as rows of ``width``, and what is left over as a row of its own."""
-    if 0 < flat.numel() <= width:
-        yield flat.view(1, -1)
+def _on_device(levels: Sequence[float], tensor: Tensor) -> Tensor:
+    """Numbers in a tensor's dtype, where it is: filled in on a GPU, since a copy from the CPU would wait for it."""
+    if tensor.device.type == "cpu":
+        return torch.tensor(levels, dtype=tensor.dtype, device="cpu")
+    made = torch.empty(len(levels), dtype=tensor.dtype, device=tensor.device)
+    for place, level in zip(made, levels, strict=True):
+        place.fill_(level)
+    return made
+
+
+def _room(tensor: Tensor, bits: int) -> Tensor:
+    return torch.empty(packed_size(tensor.numel(), bits), dtype=torch.uint8, device=tensor.device)
+
+
+def _pieces(tensor: Tensor, codes: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A tensor's elements in rows that kernels can read, each with the place of its codes."""
+    for start, flat in iterate_flat(tensor, _BLOCK):
+        first = start * bits // 8
+        place = codes[first : first + packed_size(flat.numel(), bits)] if flat.numel() < tensor.numel() else codes
+        yield from _rows(flat, place, bits)
+
+
+def _rows(flat: Tensor, codes: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Elements in rows of a block, and what is left over in a row of its own, each with its codes."""
+    if 0 < flat.numel() <= _BLOCK:
+        yield flat.view(1, -1), codes.view(1, -1)
         return
-    whole = flat.numel() // width * width
+    whole = flat.numel() // _BLOCK * _BLOCK
     if whole:
-        yield flat[:whole].view(-1, width)
+        yield flat[:whole].view(-1, _BLOCK), codes[: whole * bits // 8].view(-1, _BLOCK * bits // 8)
     if whole < flat.numel():
-        yield flat[whole:].view(1, -1)
+        yield flat[whole:].view(1, -1), codes[whole * bits // 8 :].view(1, -1)
 
 
 def encode_bool(tensor: Tensor) -> LevelCode:
@@ -170,7 +187,12 @@ def encode_bool(tensor: Tensor) -> LevelCode:
         >>> encode_bool(torch.tensor([True, False, True])).decode()
         tensor([ True, False,  True])
     """
-    return encode_levels(tensor, lambda piece: piece, torch.tensor([False, True], device=tensor.device))
+    codes = _room(tensor, 1)
+    kernels = kernels_for(tensor.device)
+    for rows, place in _pieces(tensor, codes, 1):
+        flags = rows.view(torch.uint8)  # which are their codes
+        kernels.pack(pad(flags, (0, spare)) if (spare := -flags.shape[1] % 8) else flags, 1, place)
+    return LevelCode(codes, _on_device((False, True), tensor), tensor.numel(), "mask")
 
 
 def encode_signs(tensor: Tensor) -> LevelCode:
@@ -180,13 +202,7 @@ def encode_signs(tensor: Tensor) -> LevelCode:
         >>> encode_signs(torch.tensor([-3.0, 0.0, 7.0, float("nan")])).decode()
         tensor([-1.,  0.,  1., nan])
     """
-
-    def classify(piece: Tensor) -> Tensor:
-        classes = (piece >= 0).view(torch.uint8).add_((piece > 0).view(torch.uint8))
-        return classes.bitwise_or_((piece != piece).view(torch.uint8).mul_(3))  # NaN
-
-    levels = torch.tensor([-1.0, 0.0, 1.0, torch.nan], dtype=tensor.dtype, device=tensor.device)
-    return encode_levels(tensor, classify, levels, "sign")
+    return encode_levels(tensor, SIGNS, (-1.0, 0.0, 1.0, torch.nan), "sign")
 
 
 def encode_two_levels(tensor: Tensor) -> LevelCode | None:
@@ -206,14 +222,13 @@ def encode_two_levels(tensor: Tensor) -> LevelCode | None:
     """
     if tensor.numel() == 0:
         return None
-    low, high = torch.aminmax(tensor)
-    value = torch.where(high > 0, high, low)
-    if tensor.device.type == "cpu" and not all(
-        bool(((piece == 0) | (piece == value)).all()) for _, piece in iterate_chunks(tensor, 1, _SCRATCH)
-    ):
-        return None
-    levels = torch.stack([torch.zeros_like(value), value])
-    return encode_levels(tensor, lambda piece: piece != 0, levels)
+    levels = torch.zeros(2, dtype=tensor.dtype, device=tensor.device)
+    codes = _room(tensor, NONZERO.bits)
+    kernels = kernels_for(tensor.device)
+    for rows, place in _pieces(tensor, codes, NONZERO.bits):
+        if not kernels.pack_two_levels(rows, levels[1:], place):
+            return None
+    return LevelCode(codes, levels, tensor.numel(), "mask")
 
 
 @dataclass(frozen=True, slots=True)

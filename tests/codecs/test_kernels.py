@@ -1,5 +1,6 @@
 """Every kernel gives the same bits; without a compiler all still works."""
 
+import ctypes
 import math
 import os
 import shlex
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_tinykg.codecs import dequantize, quantize
+from lightning_tinykg.codecs.cuts import Cut
 from lightning_tinykg.codecs.kernels import kernels_for, native, use
-from lightning_tinykg.codecs.lossless import encode_bool, encode_levels, encode_signs
+from lightning_tinykg.codecs.lossless import encode_bool, encode_levels, encode_signs, encode_two_levels
 from lightning_tinykg.codecs.noise import make_key
 from lightning_tinykg.codecs.packing import BITS, packed_size
 
@@ -121,12 +123,125 @@ def test_same_masks(numel: int) -> None:
         with use(name):
             for dtype in (torch.float32, torch.bfloat16, torch.float64):
                 levels = torch.tensor([-2.0, 3.0], dtype=dtype)
-                codes = (encode_bool(x > 0), encode_signs(x.to(dtype)), encode_levels(x, lambda p: p > 1, levels))
+                cut = Cut(1.0, 1.0, above=1)
+                codes = (encode_bool(x > 0), encode_signs(x.to(dtype)), encode_levels(x, cut, levels))
                 found += [(as_bytes(code.codes), as_bytes(code.decode())) for code in codes]
     half = len(found) // 2
     for ours, theirs in zip(found[:half], found[half:], strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
+
+
+def value(x: float, dtype: torch.dtype) -> float:
+    """A number as the dtype has it."""
+    return float(torch.tensor(x, dtype=dtype))
+
+
+NUMBERS = st.floats() | st.sampled_from(EXTREMES)
+CODES = st.integers(0, 1) | st.integers(0, 3)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(NUMBERS, max_size=70),
+    st.tuples(NUMBERS, NUMBERS).filter(lambda ends: ends[0] <= ends[1]),
+    st.tuples(CODES, CODES, CODES, CODES),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    st.integers(0, 3),
+)
+def test_same_classes_of_anything(
+    values: list[float], ends: tuple[float, float], codes: tuple[int, ...], is_open: bool, dtype: torch.dtype, at: int
+) -> None:
+    """Both kernels answer as Python does."""
+    x = torch.tensor([*values, *ends, ends[0]], dtype=torch.float64).to(dtype)[at:]  # the memory is not aligned
+    cut = Cut(*ends, *codes, open=is_open)
+    low, high = (value(end, dtype) for end in ends)
+
+    def code_of(x: float) -> int:
+        if math.isnan(x):
+            return cut.nan
+        if (x >= high) if is_open else (x > high):
+            return cut.above
+        return cut.within if ((x > low) if is_open else (x >= low)) else cut.below
+
+    levels = list(range(2**cut.bits))
+    want = [code_of(element) for element in x.tolist()]
+    for name in ("native", "reference"):
+        with use(name):
+            code = encode_levels(x, cut, levels)
+            assert code.decode().tolist() == want, name
+            assert code.codes.tolist() == pack(want, cut.bits), name
+
+
+def pack(codes: list[int], bits: int) -> list[int]:
+    lanes = 8 // bits
+    size = -(-len(codes) // lanes)
+    padded = codes + [0] * (lanes * size - len(codes))
+    return [sum(padded[lane * size + j] << (lane * bits) for lane in range(lanes)) for j in range(size)]
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=70),
+    NUMBERS,
+    st.lists(st.tuples(st.integers(0, 69), NUMBERS), max_size=2),
+    st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+)
+def test_same_two_levels_of_anything(
+    mask: list[bool], level: float, others: list[tuple[int, float]], dtype: torch.dtype
+) -> None:
+    wide = torch.tensor([level if kept else 0.0 for kept in mask], dtype=torch.float64)
+    for place, other in others:
+        wide[place % len(wide)] = other
+    x = wide.to(dtype)
+    levels = {element for element in x.tolist() if element != 0}
+    for name in ("native", "reference"):
+        with use(name):
+            code = encode_two_levels(x)
+        if len(levels) > 1 or any(map(math.isnan, levels)):
+            assert code is None, name
+        else:
+            assert code is not None, name
+            assert code.decode().tolist() == x.tolist(), name
+            assert as_bytes(code.levels).tolist() == as_bytes(torch.tensor([0, *levels, 0], dtype=dtype)[:2]).tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("numel", [40_000, 200_001])
+def test_same_masks_on_any_number_of_threads(threads: int, numel: int) -> None:
+    x = awkward(numel)
+    mask = torch.where(x > 0, 1.25, 0.0)
+    with use("reference"):
+        signs, kept = encode_signs(x), encode_two_levels(mask)
+    torch.set_num_threads(threads)
+    assert torch.equal(encode_signs(x).codes, signs.codes)
+    assert torch.equal(as_bytes(encode_signs(x).decode()), as_bytes(signs.decode()))
+    found = encode_two_levels(mask)
+    assert found is not None
+    assert kept is not None
+    assert torch.equal(found.codes, kept.codes)
+    assert torch.equal(found.decode(), mask)
+    mask[-1] = 3.0
+    assert encode_two_levels(mask) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_float_against_an_end_that_is_none(dtype: torch.dtype) -> None:
+    """PyTorch's threshold on a CPU compares them with the float32 that is next to the threshold."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for end in (0.1, -0.1, 0.2, 1.0, 0.0, 1e-8, -1e-8, 1e-42, 7e4, 1e39, -1e39, INF, -INF):
+        wide = value(end, torch.float32)
+        for is_open in (False, True):
+            cut = Cut(end, end, below=1, within=0, above=2, nan=3, wide_on_cpu=True, open=is_open)
+            want = torch.where(x.float() < wide, 1.0, torch.where(x.float() > wide, 2.0, 0.0))
+            want = torch.where(x.isnan(), 3.0, want)
+            if is_open:
+                want = torch.where(x.float() == wide, 2.0, want)
+            for name in ("native", "reference"):
+                with use(name):
+                    got = encode_levels(x, cut, torch.arange(4.0)).decode()
+                assert torch.equal(got, want), (end, is_open, name)
 
 
 def test_what_is_no_memory_is_copied() -> None:
@@ -212,6 +327,16 @@ def test_built_once_and_where_it_can_be_written(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     assert run(XDG_CACHE_HOME=str(file))[0].startswith("native")
+
+
+def test_another_source_is_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "native.c"
+    source.write_text("int tinykg_answer(void) { return 1; }")
+    first = native.build(source)
+    source.write_text("int tinykg_answer(void) { return 2; }")
+    second = native.build(source)
+    assert [ctypes.CDLL(str(library)).tinykg_answer() for library in (first, second)] == [1, 2]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_tinykg.codecs import chunks
+from lightning_tinykg.codecs.cuts import SIGNS, Cut
 from lightning_tinykg.codecs.lossless import (
     Code,
     RawCode,
@@ -52,11 +53,29 @@ def test_bools(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_four_levels(size: int) -> None:
-    x = torch.randint(4, (size,), dtype=torch.uint8)
+    which = torch.randint(4, (size,))
+    x = torch.tensor([-9.0, 1.5, 2.25, NAN])[which]
     levels = torch.tensor([5.0, -1.0, 0.25, 100.0], dtype=torch.float64)
-    code = encode_levels(x, lambda piece: piece, levels)
-    assert torch.equal(code.decode(), levels[x.long()])
+    code = encode_levels(x, Cut(0.0, 2.0, below=3, within=0, above=2, nan=1), levels)
+    assert torch.equal(code.decode(), levels[torch.tensor([3, 0, 2, 1])][which])
     assert code.codes.nbytes == -(-size // 4)
+
+
+@pytest.mark.parametrize("size", [1, 9, BLOCK - 1, 2 * BLOCK - 3, 200_001])
+def test_restored_into_memory_that_is_there(size: int) -> None:
+    x, room = torch.randn(size), torch.full((size + 1,), 7.0)
+    for code in (encode_signs(x), encode_levels(x, Cut(0.0, 0.0, above=1), (-1.0, 1.0))):
+        asked = []
+
+        def allocate(numel: int, dtype: torch.dtype, device: torch.device, asked: list[int] = asked) -> Tensor:
+            asked.append(numel)
+            return room[:numel]
+
+        restored = code.decode(allocate)
+        assert asked == [size]
+        assert restored.data_ptr() == room.data_ptr()
+        assert torch.equal(restored, x.sign())
+        assert room[size] == 7.0
 
 
 @pytest.mark.parametrize("kind", ["plain", "transposed", "sliced", "strided", "columns", "expanded", "0-d"])
@@ -126,6 +145,33 @@ def test_a_third_level_is_noticed(third: float, place: int) -> None:
     assert encode_two_levels(x) is None
 
 
+def test_two_levels_with_negative_zeros() -> None:
+    code = encode_two_levels(torch.tensor([-0.0, 0.0, 2.0, -0.0]))
+    assert code is not None
+    assert torch.equal(code.decode(), torch.tensor([0.0, 0.0, 2.0, 0.0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_is_not_waited_for() -> None:
+    x, mask = torch.randn(100_001, device="cuda"), torch.full((100_001,), 1.25, device="cuda")
+
+    def run() -> list[Tensor]:
+        side = encode_levels(x, Cut(0.0, 0.0, above=1, nan=1), (0.0, 1.0))
+        two = encode_two_levels(mask)
+        assert two is not None
+        return [code.decode() for code in (side, two, encode_signs(x), encode_bool(mask > 0))]
+
+    run()  # builds the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        restored = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for got, want in zip(restored, [(x > 0).float(), mask, x.sign(), mask > 0], strict=True):
+        assert torch.equal(got, want)
+
+
 def test_no_two_levels_in_nothing() -> None:
     assert encode_two_levels(torch.empty(0)) is None
 
@@ -189,10 +235,25 @@ def test_shape_takes_no_memory() -> None:
     assert restored.untyped_storage().nbytes() == 2
 
 
-@pytest.mark.parametrize("levels", [1, 3, 5, 8])
-def test_other_numbers_of_levels(levels: int) -> None:
-    with pytest.raises(ValueError, match=f"2 or 4 elements, got {levels}"):
-        encode_levels(torch.zeros(8), lambda piece: piece > 0, torch.zeros(levels))
+@pytest.mark.parametrize(("cut", "wanted"), [(Cut(0.0, 0.0, above=1), 2), (SIGNS, 4)])
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 8])
+def test_other_numbers_of_levels(cut: Cut, wanted: int, levels: int) -> None:
+    if levels != wanted:
+        with pytest.raises(ValueError, match=f"levels must be {wanted}, .* got {levels}"):
+            encode_levels(torch.zeros(8), cut, torch.zeros(levels))
+
+
+def test_what_cannot_be_cut() -> None:
+    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, .*, got torch\.int64"):
+        encode_signs(torch.arange(8))
+    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, .*, got torch\.int64"):
+        encode_two_levels(torch.arange(8))
+
+
+def test_what_is_no_memory() -> None:
+    """Zero tensors and negated views have no elements where their pointer points to."""
+    assert torch.equal(encode_signs(torch._efficientzerotensor((100,))).decode(), torch.zeros(100))
+    assert torch.equal(encode_signs(torch._neg_view(torch.ones(100))).decode(), -torch.ones(100))
 
 
 def test_all_are_codes() -> None:

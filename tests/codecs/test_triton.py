@@ -18,7 +18,10 @@ from torch import Tensor
 
 from lightning_tinykg.codecs import kernels
 from lightning_tinykg.codecs.affine import dequantize, quantize
+from lightning_tinykg.codecs.cuts import DTYPES as DTYPES_OF_MASKS
+from lightning_tinykg.codecs.cuts import SIGNS, Cut
 from lightning_tinykg.codecs.kernels.reference import Reference
+from lightning_tinykg.codecs.lossless import encode_bool, encode_signs, encode_two_levels
 from lightning_tinykg.codecs.noise import make_key, uniform
 from lightning_tinykg.codecs.packing import packed_size
 
@@ -259,13 +262,80 @@ def test_levels(bits: int, device: str) -> None:
         levels = torch.tensor([0.0, 1.0, 7.0, 3.0][: 2**bits], dtype=torch.float64).to(dtype)
         if dtype.is_floating_point:
             levels[0], levels[1] = -0.0, NAN
-        for rows, size in ((3, 4096), (1, 1), (2, 700), (1, 0), (0, 4)):
+        for rows, size, spare in ((3, 4096, 0), (1, 1, 0), (1, 1, 3), (2, 700, 1), (1, 513, 2), (1, 0, 0), (0, 4, 0)):
             codes = torch.randint(256, (rows, size), dtype=torch.uint8, generator=generator)
-            want = torch.empty(rows, size * (8 // bits), dtype=dtype)
+            want = torch.empty(rows, size * (8 // bits) - spare, dtype=dtype)
             Reference().unpack_levels(codes, levels, bits, want)
             got = torch.empty_like(want, device=device)
             fused.Fused().unpack_levels(codes.to(device), levels.to(device), bits, got)
-            assert same_bits(want, got), (dtype, rows, size)
+            assert same_bits(want, got), (dtype, rows, size, spare)
+
+
+CUTS = (
+    Cut(0.0, 0.0, above=1, nan=1),
+    Cut(-3.0, 3.0, within=1, open=True),
+    Cut(-INF, INF, within=1, open=True),
+    Cut(0.1, 0.1, above=1, nan=1, wide_on_cpu=True),
+    Cut(-0.3, 1e30, below=1, above=1),
+    Cut(1e-320, 1e-41, within=1, above=2),
+    SIGNS,
+)
+
+
+def odd_elements(numel: int, dtype: torch.dtype) -> Tensor:
+    """Numbers, the ends of all cuts and what lies next to them, and all that is special."""
+    ends = torch.tensor([end for cut in CUTS for end in (cut.low, cut.high)], dtype=torch.float64).to(dtype)
+    beside = [torch.nextafter(ends, torch.full_like(ends, way)) for way in (INF, -INF)]
+    tiny = torch.finfo(dtype).smallest_normal
+    others = torch.tensor([0.0, -0.0, INF, -INF, NAN, -NAN, tiny, -tiny, tiny / 2, -tiny / 2, 7.0], dtype=dtype)
+    special = torch.cat([ends, *beside, others])
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(dtype)
+    which = torch.randint(2 * len(special), (numel,), generator=torch.Generator().manual_seed(1))
+    return torch.where(which < len(special), special[which % len(special)], x)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES_OF_MASKS)
+def test_classes(dtype: torch.dtype, device: str) -> None:
+    for rows, count in ((2, 32768), (1, 1), (1, 9), (2, 1000), (1, 5001), (0, 8)):
+        x = odd_elements(rows * count, dtype).view(rows, count)
+        for cut in CUTS:
+            want = torch.empty(rows, packed_size(count, cut.bits), dtype=torch.uint8)
+            # a CPU's ends are not a GPU's: here the reference is asked where the kernel runs
+            Reference().pack_classes(x, cut, want) if device == "cpu" else want.copy_(on_gpu(x, cut))
+            got = torch.full_like(want, 77, device=device)
+            fused.Fused().pack_classes(x.to(device), cut, got)
+            assert torch.equal(want, got.cpu()), (rows, count, cut)
+
+
+def on_gpu(x: Tensor, cut: Cut) -> Tensor:
+    out = torch.empty(x.shape[0], packed_size(x.shape[1], cut.bits), dtype=torch.uint8, device="cuda")
+    Reference().pack_classes(x.cuda(), cut, out)
+    return out
+
+
+@on_device
+def test_masks_that_codecs_make(device: str) -> None:
+    x = odd_elements(70_003, torch.float32)
+    x = torch.where(x.isnan(), 3.0, x)
+    mask = torch.where(x > 0, 1.25, 0.0)
+    for tensor, encode in (
+        (x, encode_signs),
+        (x[: 3 * 20_000].view(3, 20_000).t(), encode_signs),
+        (x > 0, encode_bool),
+        (mask, encode_two_levels),
+        (mask[::2].bfloat16(), encode_two_levels),
+        (torch.zeros(100), encode_two_levels),
+        (x[:0], encode_signs),
+    ):
+        with kernels.use("reference"):
+            want = encode(tensor)
+            restored = want.decode()
+        with kernels.use("triton"):
+            code = encode(tensor.to(device))
+            assert torch.equal(code.codes.cpu(), want.codes)
+            assert torch.equal(code.levels.cpu().nan_to_num(7.0), want.levels.nan_to_num(7.0))
+            assert same_bits(code.decode(), restored)
 
 
 @on_device
@@ -437,19 +507,26 @@ def test_masks_compiled_for_an_h200(bits: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for kernel, pointers in (
-        (fused_masks.pack, {"codes_ptr": "*u8", "out_ptr": "*u8"}),
-        (fused_masks.unpack_levels, {"codes_ptr": "*u8", "levels_ptr": "*i32", "out_ptr": "*i32"}),
-    ):
+    launched = {
+        fused_masks.pack: {"codes_ptr": "*u8", "out_ptr": "*u8"},
+        fused_masks.pack_classes: {"x_ptr": "*fp32", "out_ptr": "*u8"},
+        fused_masks.unpack_levels: {"codes_ptr": "*u8", "levels_ptr": "*i32", "out_ptr": "*i32"},
+    }
+    for kernel, pointers in launched.items():
         names = kernel.arg_names
-        types = {**pointers, "size": "i32", "tiles": "i32", "BITS": "constexpr", "COLUMNS": "constexpr"}
+        constants = {"BITS": bits, "COLUMNS": 512, "OPEN": False}
+        sizes = ("count", "size")
         source = ASTSource(
             kernel,
-            {name: types[name] for name in names},
-            {(names.index("BITS"),): bits, (names.index("COLUMNS"),): 512},
-            {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers or name == "size"},
+            {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names},
+            {(names.index(name),): value for name, value in constants.items() if name in names},
+            {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers or name in sizes},
         )
-        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-        stores = [name for name in instructions(ptx) if name.startswith("st.global")]
+        found = instructions(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+        stores = [name for name in found if name.startswith("st.global")]
         # the bytes of a thread that lie together: 4 codes of a plane, or the levels of 4
         assert stores == ["st.global.v4.b32" if kernel is fused_masks.unpack_levels else "st.global.b32"], stores
+        if kernel is fused_masks.pack_classes:  # each element is read once, 16 bytes at a time
+            loads = {name: n for name, n in found.items() if name.startswith("ld.global")}
+            assert loads == {"ld.global.v4.b32": 8 // bits}
+            assert not any("ftz" in name for name in found)  # denormals are not 0

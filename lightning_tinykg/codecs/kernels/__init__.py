@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_tinykg.codecs.cuts import Cut
 from lightning_tinykg.codecs.kernels.reference import Reference
 
 NAMES = ("native", "triton", "reference")
@@ -75,6 +76,29 @@ class Kernels(Protocol):
             out: where to put the bytes: contiguous, shape ``[rows, n * bits / 8]``.
         """
 
+    def pack_classes(self, x: Tensor, cut: Cut, out: Tensor) -> None:
+        """Pack the codes of the classes that a cut parts the elements into.
+
+        Args:
+            x: one of :data:`~lightning_tinykg.codecs.cuts.DTYPES`, contiguous, shape ``[rows, n]``.
+            cut: the cut, which also says how many bits its codes take.
+            out: where to put the bytes: uint8, contiguous, shape ``[rows, m]``, as many as hold ``n`` codes. Those are
+                planes of ``m``, as in :mod:`~lightning_tinykg.codecs.packing`; codes beyond the ``n`` are 0.
+        """
+
+    def pack_two_levels(self, x: Tensor, value: Tensor, out: Tensor) -> bool:
+        """Pack which elements are not 0, and look what they are.
+
+        Args:
+            x: as in :meth:`pack_classes`.
+            value: what an element is that is not 0, in the dtype of ``x``, shape ``[1]``. Where that is 0, none is
+                known yet; the first that is met is put there.
+            out: as in :meth:`pack_classes`.
+
+        Returns:
+            Whether no element is anything else, if so ``out`` holds them; True where nobody has looked.
+        """
+
     def unpack_levels(self, codes: Tensor, levels: Tensor, bits: int, out: Tensor) -> None:
         """Unpack rows of codes, and put a level for each.
 
@@ -82,7 +106,8 @@ class Kernels(Protocol):
             codes: uint8, contiguous, shape ``[rows, m]``.
             levels: any dtype, contiguous, shape ``[2 ** bits]``.
             bits: 1 or 2.
-            out: where to put the levels: contiguous, shape ``[rows, m * 8 / bits]``, in their dtype.
+            out: where to put the levels: contiguous, in their dtype, shape ``[rows, n]``, of which ``m`` bytes hold the
+                codes.
         """
 
 

@@ -8,8 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+from lightning_tinykg.codecs.cuts import NONZERO, WORDS, Cut
 from lightning_tinykg.codecs.kernels import fused_groups, fused_masks
-from lightning_tinykg.codecs.kernels.reference import Reference
+from lightning_tinykg.codecs.kernels.reference import Reference, find_level
 from lightning_tinykg.codecs.noise import make_key
 from lightning_tinykg.codecs.packing import packed_size
 
@@ -104,16 +105,42 @@ class Fused:
             with _on(out):
                 fused_masks.pack[(rows * tiles,)](codes, out, size, tiles, BITS=bits, COLUMNS=columns)
 
+    def pack_classes(self, x: Tensor, cut: Cut, out: Tensor) -> None:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        rows, size = out.shape
+        # each of 128 threads loads 16 bytes of every plane
+        columns = min(triton.next_power_of_2(max(size, 1)), 128 * 16 // x.itemsize)
+        tiles = triton.cdiv(size, columns)
+        if x.numel():
+            with _on(x):
+                fused_masks.pack_classes[(rows * tiles,)](
+                    x,
+                    out,
+                    x.shape[1],
+                    size,
+                    tiles,
+                    *cut.words(x.dtype, x.device),
+                    cut.packed_codes,
+                    OPEN=cut.open,
+                    BITS=cut.bits,
+                    COLUMNS=columns,
+                )
+
+    def pack_two_levels(self, x: Tensor, value: Tensor, out: Tensor) -> bool:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        self.pack_classes(x, NONZERO, out)
+        return find_level(x, value)
+
     def unpack_levels(self, codes: Tensor, levels: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
         rows, size = codes.shape
         columns = min(triton.next_power_of_2(max(size, 1)), 512)
         tiles = triton.cdiv(size, columns)
-        word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[levels.itemsize]
+        word = WORDS[levels.itemsize]
         if codes.numel():
             with _on(out):
                 fused_masks.unpack_levels[(rows * tiles,)](
-                    codes, levels.view(word), out.view(word), size, tiles, BITS=bits, COLUMNS=columns
+                    codes, levels.view(word), out.view(word), out.shape[1], size, tiles, BITS=bits, COLUMNS=columns
                 )
 
 

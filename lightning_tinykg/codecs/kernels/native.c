@@ -267,13 +267,147 @@ void tinykg_pack(const uint8_t *codes, int64_t rows, int64_t n, int bits, uint8_
     }
 }
 
-/* Rows of m bytes to rows of levels, of any dtype as large as `type`. */
+/* -- masks: cuts.py ---------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t low, high; /* the ends' words */
+    uint8_t below, within, above, nan;
+    const void *level; /* of two levels, that which is not 0 */
+} Cut;
+
+/* Elements to codes. Returns whether one fits no class. */
+typedef int Classify(const void *x, int64_t count, const Cut *cut, uint8_t *code);
+
+/* Of each dtype: the type of its words; the type that they are compared as, and how they become that; which are NaN. */
+#define CLASSIFY(name, word, type, value_of, is_nan)                                                            \
+    INLINE int name##_classify(const void *from, int64_t count, const Cut *cut, int open, uint8_t *restrict code) { \
+        const word *restrict x = from;                                                                          \
+        const type low = value_of((word)cut->low), high = value_of((word)cut->high);                            \
+        const uint8_t below = cut->below, within = cut->within, above = cut->above, nan = cut->nan;             \
+        for (int64_t i = 0; i < count; i++) {                                                                   \
+            const type value = value_of(x[i]);                                                                  \
+            const uint8_t entered = (open ? value > low : value >= low) ? within : below;                       \
+            const uint8_t left = (open ? value >= high : value > high) ? above : entered;                       \
+            code[i] = is_nan(value) ? nan : left;                                                               \
+        }                                                                                                       \
+        return 0;                                                                                               \
+    }                                                                                                           \
+    static int name##_closed(const void *x, int64_t count, const Cut *cut, uint8_t *code) {                     \
+        return name##_classify(x, count, cut, 0, code);                                                         \
+    }                                                                                                           \
+    static int name##_open(const void *x, int64_t count, const Cut *cut, uint8_t *code) {                       \
+        return name##_classify(x, count, cut, 1, code);                                                         \
+    }                                                                                                           \
+    static int name##_two_levels(const void *from, int64_t count, const Cut *cut, uint8_t *restrict code) {     \
+        const word *restrict x = from;                                                                          \
+        const type level = value_of(*(const word *)cut->level);                                                 \
+        int third = is_nan(level);                                                                              \
+        for (int64_t i = 0; i < count; i++) {                                                                   \
+            const type value = value_of(x[i]);                                                                  \
+            code[i] = value != 0;                                                                               \
+            third |= (value != 0) & (value != level);                                                           \
+        }                                                                                                       \
+        return third;                                                                                           \
+    }                                                                                                           \
+    static int64_t name##_zeros(const void *from, int64_t count) {                                              \
+        const word *x = from;                                                                                   \
+        int64_t i = 0;                                                                                          \
+        while (i < count && value_of(x[i]) == 0) i++;                                                           \
+        return i;                                                                                               \
+    }
+
+/* A half's words are ordered by sign and magnitude; any other float is one of C's, or becomes one. */
+INLINE int16_t half_of(uint16_t word) { return (int16_t)(word & 0x8000 ? -(word & 0x7fff) : word); }
+INLINE float bfloat_of(uint16_t word) { return float_of((int32_t)((uint32_t)word << 16)); }
+
+INLINE double double_of(int64_t word) {
+    double x;
+    memcpy(&x, &word, 8);
+    return x;
+}
+
+#define NAN_FLOAT(value) ((value) != (value))
+#define NAN_HALF(value) ((value) > 0x7c00 || (value) < -0x7c00)
+
+CLASSIFY(float32, int32_t, float, float_of, NAN_FLOAT)
+CLASSIFY(float64, int64_t, double, double_of, NAN_FLOAT)
+CLASSIFY(float16, uint16_t, int16_t, half_of, NAN_HALF)
+CLASSIFY(bfloat16, uint16_t, float, bfloat_of, NAN_FLOAT)
+
+/* In the order of DTYPES in cuts.py. */
+static const struct {
+    Classify *closed, *open, *two_levels;
+    int64_t (*zeros)(const void *, int64_t);
+    int64_t itemsize;
+} DTYPES[] = {
+#define DTYPE(name, itemsize) {name##_closed, name##_open, name##_two_levels, name##_zeros, itemsize}
+    DTYPE(float32, 4), DTYPE(float64, 8), DTYPE(float16, 2), DTYPE(bfloat16, 2),
+};
+
+/* Bytes that are made at a time, of codes that stay in the nearest cache. */
+#define TILE 128
+
+/* A row of n elements to its m bytes. Returns whether an element fits no class. */
+INLINE int pack_row(Classify *classify, const char *x, int64_t itemsize, int64_t n, const Cut *cut, int bits,
+                    uint8_t *out, int64_t m) {
+    uint8_t code[8 * TILE];
+    int misfit = 0;
+    for (int64_t j = 0; j < m; j += TILE) {
+        const int64_t width = m - j < TILE ? m - j : TILE;
+        for (int64_t lane = 0; lane < 8 / bits; lane++) {
+            const int64_t first = lane * m + j, rest = n - first;
+            const int64_t count = rest < 0 ? 0 : rest < width ? rest : width;
+            misfit |= classify(x + first * itemsize, count, cut, code + lane * width);
+            memset(code + lane * width + count, 0, (size_t)(width - count));
+        }
+        if (misfit) break;
+        pack(code, out + j, width, bits);
+    }
+    return misfit;
+}
+
+static int pack_rows(Classify *classify, const void *x, int64_t itemsize, int64_t rows, int64_t n, const Cut *cut,
+                     int bits, uint8_t *out, int threads) {
+    const int64_t m = (n * bits + 7) / 8;
+    int misfit = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : misfit) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        if (misfit) continue;
+        const char *from = (const char *)x + row * n * itemsize;
+        misfit |= bits == 1 ? pack_row(classify, from, itemsize, n, cut, 1, out + row * m, m)
+                            : pack_row(classify, from, itemsize, n, cut, 2, out + row * m, m);
+    }
+    return misfit;
+}
+
+/* Rows of elements to rows of bytes; codes are those of below, within, above and NaN, two bits each. */
+void tinykg_pack_classes(const void *x, int64_t rows, int64_t n, int dtype, int64_t low, int64_t high, int open,
+                         int codes, int bits, uint8_t *out, int threads) {
+    const Cut cut = {low, high, codes & 3, codes >> 2 & 3, codes >> 4 & 3, codes >> 6 & 3, NULL};
+    Classify *const classify = open ? DTYPES[dtype].open : DTYPES[dtype].closed;
+    pack_rows(classify, x, DTYPES[dtype].itemsize, rows, n, &cut, bits, out, threads);
+}
+
+/* The same of zeros and one other value, which is put where it is 0 still. Returns whether there is a third. */
+int64_t tinykg_pack_two_levels(const void *x, int64_t rows, int64_t n, int dtype, void *value, uint8_t *out,
+                               int threads) {
+    const int64_t itemsize = DTYPES[dtype].itemsize;
+    if (DTYPES[dtype].zeros(value, 1)) {
+        const int64_t first = DTYPES[dtype].zeros(x, rows * n);
+        if (first < rows * n) memcpy(value, (const char *)x + first * itemsize, (size_t)itemsize);
+    }
+    const Cut cut = {.level = value};
+    return pack_rows(DTYPES[dtype].two_levels, x, itemsize, rows, n, &cut, 1, out, threads);
+}
+
+/* Rows of m bytes to rows of n levels, of any dtype as large as `type`. */
 #define LEVELS(type, bits)                                                                               \
     for (int64_t lane = 0; lane < 8 / bits; lane++) {                                                    \
         const type a = ((const type *)levels)[0], b = ((const type *)levels)[1];                         \
         const type c = bits == 2 ? ((const type *)levels)[2] : a, d = bits == 2 ? ((const type *)levels)[3] : a; \
-        type *restrict to = (type *)out + (row * (8 / bits) + lane) * m;                                 \
-        for (int64_t j = 0; j < m; j++) {                                                                \
+        const int64_t count = n - lane * m < m ? n - lane * m : m;                                       \
+        type *restrict to = (type *)out + row * n + lane * m;                                            \
+        for (int64_t j = 0; j < count; j++) {                                                            \
             const int code = (bytes[j] >> (lane * bits)) & ((1 << bits) - 1);                            \
             const type low = code & 1 ? b : a, high = code & 1 ? d : c;                                  \
             to[j] = code & 2 ? high : low;                                                               \
@@ -287,7 +421,7 @@ void tinykg_pack(const uint8_t *codes, int64_t rows, int64_t n, int bits, uint8_
     }
 
 void tinykg_unpack_levels(const uint8_t *codes, int64_t rows, int64_t m, int bits, const void *levels, int itemsize,
-                          void *out, int threads) {
+                          void *out, int64_t n, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         const uint8_t *restrict bytes = codes + row * m;

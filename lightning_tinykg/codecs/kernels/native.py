@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_tinykg.codecs.cuts import Cut, number_of
+
 _SOURCE = Path(__file__).with_name("native.c")
 
 # without contraction, a product and a sum are rounded apart, as in PyTorch's ops
@@ -30,8 +32,15 @@ _SIGNATURES = {
     ),
     "tinykg_dequantize": (_PLACE, _PLACE, _PLACE, _NUMBER, _NUMBER, _INT, _INT, _PLACE, _INT),
     "tinykg_pack": (_PLACE, _NUMBER, _NUMBER, _INT, _PLACE, _INT),
-    "tinykg_unpack_levels": (_PLACE, _NUMBER, _NUMBER, _INT, _PLACE, _INT, _PLACE, _INT),
+    "tinykg_pack_classes": (
+        _PLACE, _NUMBER, _NUMBER, _INT, _NUMBER, _NUMBER, _INT, _INT, _INT, _PLACE, _INT,
+    ),
+    "tinykg_pack_two_levels": (_PLACE, _NUMBER, _NUMBER, _INT, _PLACE, _PLACE, _INT),
+    "tinykg_unpack_levels": (_PLACE, _NUMBER, _NUMBER, _INT, _PLACE, _INT, _PLACE, _NUMBER, _INT),
 }  # fmt: skip
+
+_ANSWERING = ("tinykg_quantize", "tinykg_dequantize", "tinykg_pack_two_levels")
+"""Those that return a number; the others return nothing."""
 
 _WORTH_THREADS = 1 << 16
 """Elements below which one thread is faster."""
@@ -51,7 +60,7 @@ class Native:
         library = ctypes.CDLL(str(build(_SOURCE)))
         for name, arguments in _SIGNATURES.items():
             getattr(library, name).argtypes = arguments
-            getattr(library, name).restype = _NUMBER if name.endswith("quantize") else None
+            getattr(library, name).restype = _NUMBER if name in _ANSWERING else None
         self._library = library
 
     def quantize(
@@ -79,11 +88,27 @@ class Native:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
         self._library.tinykg_pack(codes.data_ptr(), *codes.shape, bits, out.data_ptr(), _threads(codes))
 
+    def pack_classes(self, x: Tensor, cut: Cut, out: Tensor) -> None:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        low, high = cut.words(x.dtype, x.device)
+        self._library.tinykg_pack_classes(
+            x.data_ptr(), *x.shape, number_of(x.dtype), low, high, cut.open, cut.packed_codes, cut.bits,
+            out.data_ptr(), _threads(x),
+        )  # fmt: skip
+
+    def pack_two_levels(self, x: Tensor, value: Tensor, out: Tensor) -> bool:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        third = self._library.tinykg_pack_two_levels(
+            x.data_ptr(), *x.shape, number_of(x.dtype), value.data_ptr(), out.data_ptr(), _threads(x)
+        )
+        return not third
+
     def unpack_levels(self, codes: Tensor, levels: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
         self._library.tinykg_unpack_levels(
-            codes.data_ptr(), *codes.shape, bits, levels.data_ptr(), levels.itemsize, out.data_ptr(), _threads(out)
-        )
+            codes.data_ptr(), *codes.shape, bits, levels.data_ptr(), levels.itemsize, out.data_ptr(), out.shape[1],
+            _threads(out),
+        )  # fmt: skip
 
 
 def _threads(x: Tensor) -> int:
