@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from speed_clock import Clock, interleaved
-from steps import GAT, KGAT, KGCN, RGCN, STEPS, Graph, Step, bpr
+from steps import GAT, KGAT, KGCN, RGCN, STEPS, Graph, RippleNet, Step, bpr
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
@@ -108,7 +108,21 @@ def kgcn(model: KGCN, graph: Graph) -> Tensor:
     return -F.logsigmoid(score(user, positive) - score(user, negative)).mean()
 
 
-CHECKPOINTED: dict[str, Callable[[Any, Graph], Tensor]] = {"kgat": kgat, "gat": gat, "rgcn": rgcn, "kgcn": kgcn}
+def ripplenet(model: RippleNet, graph: Graph) -> Tensor:
+    """A checkpoint around each hop, its look-ups within."""
+    user, item, _ = graph.triples
+    vector, answers = model.entities(item), []
+    for hop in range(model.hops):
+        vector, answer = checkpointed(model.hop, vector, *model.ripples[:, user, hop])
+        answers.append(answer)
+    score = (torch.stack(answers).sum(0) * vector).sum(-1)
+    label = (torch.arange(len(user), device=user.device) % 2).float()
+    return F.binary_cross_entropy_with_logits(score, label)
+
+
+CHECKPOINTED: dict[str, Callable[[Any, Graph], Tensor]] = {
+    "kgat": kgat, "gat": gat, "rgcn": rgcn, "kgcn": kgcn, "ripplenet": ripplenet,
+}  # fmt: skip
 """By the step's name: its loss, from its model, with each layer in a checkpoint."""
 
 WAYS: dict[str, Callable[[torch.device], AbstractContextManager[Any]]] = {

@@ -201,6 +201,39 @@ class KGCN(nn.Module):
         return score_of_pair
 
 
+class RippleNet(nn.Module):
+    """RippleNet: what spreads from a user, two hops of 32 triples, each with its relation's matrix from a table."""
+
+    def __init__(self, graph: Graph, dim: int, hops: int = 2, memories: int = 32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.ripples: Tensor  # heads, relations, tails of each user and hop
+        size = (3, graph.num_nodes, hops, memories)
+        high = torch.tensor([graph.num_nodes, graph.num_relations, graph.num_nodes]).view(3, 1, 1, 1)
+        self.register_buffer("ripples", torch.randint(2**40, size, generator=generator) % high)
+        self.entities = nn.Embedding(graph.num_nodes, dim)
+        self.relations = nn.Embedding(graph.num_relations, dim * dim)
+        self.transform = nn.Linear(dim, dim, bias=False)
+        for table in (self.entities, self.relations):
+            nn.init.xavier_uniform_(table.weight)
+        self.hops, self.dim = hops, dim
+
+    def hop(self, item: Tensor, heads: Tensor, relations: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
+        matrices = self.relations(relations).view(*relations.shape, self.dim, self.dim)
+        moved = (matrices @ self.entities(heads)[..., None]).squeeze(-1)
+        weight = F.softmax((moved * item[:, None]).sum(-1), dim=-1)
+        answer = (weight[..., None] * self.entities(tails)).sum(1)
+        return self.transform(item + answer), answer
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        vector, answers = self.entities(item), []
+        for hop in range(self.hops):
+            vector, answer = self.hop(vector, *self.ripples[:, user, hop])
+            answers.append(answer)
+        score: Tensor = (torch.stack(answers).sum(0) * vector).sum(-1)
+        return score
+
+
 def kgat(graph: Graph, dim: int, layers: int) -> Step:
     model = KGAT(graph, dim, layers)
     return Step(model, lambda: bpr(model(), graph.triples))
@@ -257,6 +290,18 @@ def kgcn(graph: Graph, dim: int, layers: int) -> Step:
     return Step(model, loss)
 
 
+def ripplenet(graph: Graph, dim: int, layers: int) -> Step:
+    """In a quarter of the width, since a relation has a matrix."""
+    model = RippleNet(graph, dim // 4)
+    label = (torch.arange(graph.triples.shape[1]) % 2).float()
+
+    def loss() -> Tensor:
+        user, item, _ = graph.triples
+        return F.binary_cross_entropy_with_logits(model(user, item), label.to(user.device))
+
+    return Step(model, loss)
+
+
 STEPS: dict[str, Callable[[Graph, int, int], Step]] = {
     "kgat": kgat,
     "kgat-once": kgat_once,
@@ -264,5 +309,6 @@ STEPS: dict[str, Callable[[Graph, int, int], Step]] = {
     "gat": gat,
     "kgcn": kgcn,
     "rgcn": rgcn,
+    "ripplenet": ripplenet,
 }
 """By name: a function of the graph, the width and the number of layers."""

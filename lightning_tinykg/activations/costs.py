@@ -26,7 +26,7 @@ class Worth(NamedTuple):
     passes: float
 
 
-RECOMPUTE = {"off": Worth(0, 0), "cheap": Worth(48, 20), "aggressive": Worth(1000, 1000)}
+RECOMPUTE = {"off": Worth(0, 0), "cheap": Worth(96, 20), "aggressive": Worth(1000, 1000)}
 """By setting: what work is done. Twenty passes are three narrow layers
 with their activations, or one that adds up two."""
 
