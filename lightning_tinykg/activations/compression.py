@@ -234,8 +234,8 @@ class compress_activations:
         """With a budget: choose the bits of the steps that follow, if a choice is due.
 
         It is due after the first forward, after the 101st and the 1001st, and then every 10,000: rarely, since it runs
-        the backward twice for each tensor that is kept rounded. In all other steps it returns at once. What it chooses,
-        and the error that it predicts of the gradient, is in :attr:`planner`.
+        the backward three times for each tensor that is kept rounded. In all other steps it returns at once. What it
+        chooses, and the error that it predicts of the gradient, is in :attr:`planner`.
 
         Args:
             loss: the loss of the forward that the context was last entered for. Its backward can be run afterwards.
