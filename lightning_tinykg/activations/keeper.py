@@ -270,7 +270,8 @@ class Keeper:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
         least = 32 if recipe.pointwise else least
         key = (recipe.result.cdata, recipe.version, least)
-        making = self._makings.get(key)
+        # where it is asked for what is rounded, each save follows for itself, so that its place is noted
+        making = self._makings.get(key) if self.rounded is None else None
         if making is None:
             args = self._argument(recipe.args, least, entry)
             making = Making(recipe.op, args, recipe.kwargs, recipe.shape, recipe.dtype, recipe.result)
