@@ -44,6 +44,7 @@ from lightning_tinykg.codecs.lossless import (
     encode_two_levels,
 )
 from lightning_tinykg.codecs.noise import make_key
+from lightning_tinykg.codecs.refined import round_to
 
 
 class Keeper:
@@ -181,7 +182,7 @@ class Keeper:
             group = self.widths.group(layout, least)
 
             def wrapped(run: Tensor) -> Code:
-                return quantize(run.remainder(2 * math.pi), least, key=self._next_key(), group_size=group)
+                return round_to(run.remainder(2 * math.pi), least, key=self._next_key(), group_size=group)
 
             return self._levels(tensor, layout, (rule, least), wrapped, entry)
         if floating and rule is SIGN:
@@ -244,7 +245,7 @@ class Keeper:
             return encode_integers(run)
         if bits == 32 or self.widths.size(layout, bits) >= run.nbytes:
             return None
-        return quantize(run, bits, key=self._next_key(), group_size=self.widths.group(layout, bits))
+        return round_to(run, bits, key=self._next_key(), group_size=self.widths.group(layout, bits))
 
     def _levels(self, tensor: Tensor, layout: Layout, key: Any, encode: Callable[[Tensor], Code], entry: Entry) -> Kept:
         """A side or a sign of each element, shared with every save that asks the same."""

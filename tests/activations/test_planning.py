@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.nn import GATConv
 
-from lightning_tinykg import Ledger, compress_activations
+from lightning_tinykg import BitPlan, Ledger, compress_activations
 from lightning_tinykg.bits.budget import BudgetTooSmall
 
 ROWS, WIDTH = 400, 64
@@ -252,6 +252,26 @@ def test_resumed_with_what_was_chosen() -> None:
     again.load_state_dict(state)
     assert again.plan_in_force == context.plan_in_force
     assert torch.equal(step(Model(), leaf(), again)[0], step(Model(), leaf(), context)[0])
+
+
+def test_between_8_bits_and_exact_there_are_12() -> None:
+    """And what was chosen can be asked for again, as a plan."""
+    context = planned("30%")
+    _, ledger = step(Model(), leaf(), context)
+    assert "int12" in {entry.codec for entry in ledger}
+    assert error(context) < error(compress_activations(8, min_bytes=0)) / 3
+    again = compress_activations(context.plan_in_force, min_bytes=0)
+    assert step(Model(), leaf(), again)[1].stored_bytes == ledger.stored_bytes
+    assert error(again) == pytest.approx(error(context), rel=0.2)
+
+
+def test_12_bits_for_a_layer() -> None:
+    twelve = compress_activations(BitPlan({"strong": 12, "": 8}, default=12), min_bytes=0)
+    _, ledger = step(Model(), leaf(), twelve)
+    assert {entry.codec for entry in ledger if entry.module == "strong" and entry.codec != "held"} == {"int12"}
+    assert error(twelve) < error(compress_activations(8, min_bytes=0))
+    with pytest.raises(ValueError, match="bits of compress_activations must be one of 1, 2, 4, 8, 32, got 12"):
+        compress_activations(BitPlan({"strong": 12}), recipe="paper")
 
 
 def test_what_does_not_go_together() -> None:
