@@ -52,7 +52,7 @@ class RefinedCode:
 
     def decode(self, allocate: Allocate = torch.empty) -> Tensor:
         """Restore the tensor, flat: shape ``[numel]``, in its own dtype."""
-        return self.coarse.decode(allocate).add_(dequantize(self.fine))
+        return self.coarse.decode(allocate).add_(self.fine.decode(allocate))
 
 
 def round_to(tensor: Tensor, bits: int, *, key: int, group_size: int) -> AffineCode | RefinedCode:

@@ -32,15 +32,15 @@ def test_other_widths_are_plain_codes(bits: int) -> None:
 
 @given(st.integers(1, 500), st.sampled_from([1, 16, 50, 64]), st.integers(0, 2**32))
 @settings(deadline=None, max_examples=50)
-def test_within_a_hundredth_of_a_step_of_8_bits(numel: int, group_size: int, seed: int) -> None:
+def test_within_two_fifteenths_of_a_step_of_8_bits(numel: int, group_size: int, seed: int) -> None:
     x = normal(numel)
     code = round_to(x, 12, key=make_key(seed), group_size=group_size)
     assert isinstance(code, RefinedCode)
     assert code.name == "int12"
     assert code.nbytes == rounded_size(numel, 12, group_size)
-    step = code.coarse.scale.float().abs().repeat_interleave(group_size)[:numel]
-    # 2/15 of a step at most, and what bfloat16 adds to the range
-    assert ((code.decode() - x).abs() <= 0.14 * step + 1e-6).all()
+    for part, restored in zip(x.split(group_size), code.decode().split(group_size), strict=True):
+        step = float(part.max() - part.min()) / 255  # and a little more, since scales are rounded outward to bfloat16
+        assert (restored - part).abs().max() <= 1.05 * 2 / 15 * step + 1e-6
 
 
 def test_a_fiftieth_of_the_variance_of_8_bits() -> None:
