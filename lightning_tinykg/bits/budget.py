@@ -20,6 +20,7 @@ price at which the greedy choice had to stop makes it the tightest.
 from __future__ import annotations
 
 import heapq
+import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def allocate(options: Mapping[_Key, Sequence[Option]], budget: int) -> dict[_Key
     hulls = {key: _lower_hull(choices) for key, choices in options.items()}
     place, price = _greedy(list(hulls.values()), budget)
     chosen = [hull[at] for hull, at in zip(hulls.values(), place, strict=True)]
-    if price:
+    if 0 < price < math.inf:  # else all fit, or the gradient that was measured by was not finite
         chosen = _better(list(options.values()), chosen, budget, price) or chosen
     return dict(zip(hulls, chosen, strict=True))
 

@@ -158,6 +158,14 @@ def test_too_small_a_budget_says_what_would_do() -> None:
     assert {option.bits for option in allocate(options, 150).values()} == {1}
 
 
+@pytest.mark.parametrize("variance", [float("inf"), float("nan")])
+@pytest.mark.filterwarnings("error")
+def test_a_gradient_that_is_not_finite_still_gets_a_choice_that_fits(variance: float) -> None:
+    """As that of the first steps of a run in float16 is: it is measured again later."""
+    options = {"bad": tensor_options(100, variance), "good": tensor_options(100, 1.0)}
+    assert sum(option.nbytes for option in allocate(options, 1000).values()) <= 1000
+
+
 def test_the_same_whatever_the_keys_are() -> None:
     """Ranks and runs agree, though keys hash differently."""
     plain = {number: tensor_options(10, 1.0) for number in range(5)}
