@@ -49,7 +49,7 @@ class TinyKGCallback(Callback):
             ``"512MiB"`` or ``"10%"``, or a fraction of the raw bytes. The bits are then chosen, tensor by tensor, so
             that the gradient's variance is the least, and ``bits`` is not used. Chosen in the first step of each kind
             (type of batch), which is kept at 8 bits, and again after 100, 1,000 and each further 10,000: such a step
-            runs its backward twice for each tensor that is rounded. Needs automatic optimization.
+            runs its backward three times for each tensor that is rounded. Needs automatic optimization.
         group_size: consecutive elements that share a scale and a zero point. None: 64, or 32 at 1 and 2 bits.
         seed: seed of the rounding's private noise. Steps and ranks draw different noise from it.
         min_bytes: tensors smaller than this are kept as they are.

@@ -5,17 +5,20 @@
 
 For each step, width and seed (of the graph and the weights): the error of the gradient at that width, by the rules;
 and, with as many bytes as that took for a budget, the error at the bits that are chosen, and the error that the choice
-predicted. *Every float*: one width for all that is rounded, taken literally, without the rules' extra bits.
+predicted. *Every float*: one width for all that is rounded, taken literally, without the rules' extra bits. *Bound*:
+the least that is predicted of any choice in as many bytes, if every number of bits were a width, whole or not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -24,6 +27,7 @@ from steps import STEPS, Graph, Step
 
 from lightning_tinykg import BitPlan, compress_activations
 from lightning_tinykg.activations.ledger import MIB
+from lightning_tinykg.activations.planning import KindOfStep
 from lightning_tinykg.bits import PlanEntry
 
 
@@ -48,6 +52,20 @@ def chosen(step: Step, budget: int) -> tuple[compress_activations, float]:
     return context, time.perf_counter() - start
 
 
+def bound(kind: KindOfStep) -> float:
+    """The least error of any choice in as many bytes, if all numbers from 1 to 24 were widths: Lagrange's bound."""
+    widths = np.linspace(1, 24, 2301)
+    variance, nbytes = [], []
+    for tensor in kind.sensitive:
+        of = {option.bits: option for option in tensor.options}
+        elements = 2 * (2 * of[8].nbytes - of[12].nbytes)  # besides, 8 bits have scales and zero points, and 12 twice
+        nbytes.append(of[8].nbytes + elements * (widths - 8) / 8)
+        variance.append(of[8].variance * (255 / (2**widths - 1)) ** 2)
+    prices = np.geomspace(1e-12, 1, 1000) * kind.norm**2 / kind.raw * 100  # of a byte
+    least = [(np.array(variance) + price * np.array(nbytes)).min(axis=1).sum() for price in prices]
+    return math.sqrt(max(np.array(least) - prices * (kind.target - kind.fixed))) / kind.norm
+
+
 def measure(step: Step, bits: int, draws: int) -> dict[str, Any]:
     """One row."""
     exact, _ = step.gradient()
@@ -67,6 +85,7 @@ def measure(step: Step, bits: int, draws: int) -> dict[str, Any]:
         "budget_mib": budget_stored / MIB,
         "budget": budget,
         "predicted": context.planner.now.predicted,
+        "bound": bound(context.planner.now),
         "seconds": seconds,
     }
 
@@ -109,6 +128,7 @@ def main() -> None:
         "budget",
         "(MiB)",
         "predicted",
+        "bound",
         "gain",
         "off",
     )
@@ -131,6 +151,7 @@ def main() -> None:
                 f"{mean('budget'):.2%}",
                 f"{mean('budget_mib'):.2f}",
                 f"{mean('predicted'):.2%}",
+                f"{mean('bound'):.2%}",
                 f"{min(row['uniform'] / max(row['budget'], 1e-12) for row in group):.2f}x",
                 f"{max(abs(row['predicted'] / max(row['budget'], 1e-12) - 1) for row in group):.0%}",
                 end_section=bits == args.bits[-1],

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
-from lightning_tinykg.activations.repeatable import BOUNDED, LINEAR, SAME, SATURATES
+from lightning_tinykg.activations.repeatable import BOUNDED, EXACT, LINEAR, SAME, SATURATES
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.widths import Widths
@@ -77,10 +77,12 @@ class Costs:
         carries = recipe.repeatable.carries
         if least == 32 or carries is SAME:
             return least
-        if self._widths.literal:  # what is made of what must not change with the widths, or no plan would hold
-            return 32
         # a product is linear in each factor alone
-        if carries is LINEAR or (recipe.repeatable.product and any(i.free for i in recipe.ingredients)):
+        if recipe.repeatable.product and any(i.free for i in recipe.ingredients):
+            carries = LINEAR
+        if self._widths.literal and carries is not EXACT:  # what that costs the gradient has been measured
+            return least
+        if carries is LINEAR:
             return self._widths.raised(least)
         # the result's range may be far smaller than the arguments': 8 bits of these may be 4 of it
         return 8 if carries is BOUNDED or (carries is SATURATES and least <= 4) else 32
@@ -117,7 +119,7 @@ class Costs:
         if (tensor is not None and ingredient.free) or ingredient.value in counted:
             return _FREE
         least = least if ingredient.floating else 32
-        if ingredient.record(least) is not None:
+        if ingredient.record(1 if self._widths.literal and least < 32 else least) is not None:
             return _FREE
         own = math.inf if tensor is None else self._code(ingredient.layout, tensor.itemsize, least)
         if ingredient.recipe is not None:
@@ -144,4 +146,7 @@ class Costs:
 
     def _code(self, layout: Layout, itemsize: int, least: int) -> int:
         raw = layout.numel * itemsize
-        return min(self._widths.size(layout, least), raw) if least < 32 else raw
+        if least == 32:
+            return raw
+        # what is made of what must not change with the widths of a plan, or its bytes would not be those reckoned
+        return min(self._widths.size(layout, 8 if self._widths.literal else least), raw)

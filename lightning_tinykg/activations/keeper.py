@@ -46,6 +46,7 @@ from lightning_tinykg.codecs.lossless import (
     encode_two_levels,
 )
 from lightning_tinykg.codecs.noise import make_key
+from lightning_tinykg.codecs.refined import round_to
 
 
 class Keeper:
@@ -206,7 +207,7 @@ class Keeper:
             group = self.widths.group(layout, least)
 
             def wrapped(run: Tensor) -> Code:
-                return quantize(run.remainder(2 * math.pi), least, key=self._next_key(), group_size=group)
+                return round_to(run.remainder(2 * math.pi), least, key=self._next_key(), group_size=group)
 
             return self._levels(tensor, layout, (rule, least), wrapped, entry)
         if floating and rule is SIGN:
@@ -269,7 +270,7 @@ class Keeper:
             return encode_integers(run)
         if bits == 32 or self.widths.size(layout, bits) >= run.nbytes:
             return None
-        return quantize(run, bits, key=self._next_key(), group_size=self.widths.group(layout, bits))
+        return round_to(run, bits, key=self._next_key(), group_size=self.widths.group(layout, bits))
 
     def _levels(self, tensor: Tensor, layout: Layout, key: Any, encode: Callable[[Tensor], Code], entry: Entry) -> Kept:
         """A side or a sign of each element, shared with every save that asks the same."""
@@ -296,7 +297,8 @@ class Keeper:
     def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry) -> Kept:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
         least = self._costs.needed(recipe, least)
-        making = recipe.makings.get(least)
+        # where it is asked for what is rounded, each save follows for itself, so that its place is noted
+        making = recipe.makings.get(least) if self.rounded is None else None
         if making is None:
             args = self._argument(recipe.args, least, entry)
             op = recipe.repeatable.op

@@ -22,7 +22,6 @@ MEASURING = BitPlan([PlanEntry(8, component="*.*")], default=8)
 REPLANNED = (0, 100, 1000)
 """Steps of a kind before which it is measured; after the last, whenever the step is a multiple of ten times that."""
 
-_TRIES = 8
 _NEW = 10
 
 
@@ -34,9 +33,10 @@ class KindOfStep:
         steps: how many there were.
         plan: the bits, or None before it has been measured.
         sensitive: what each width of each tensor would cost.
-        fixed: bytes that no width changes: masks, signs, what must be exact.
+        fixed: bytes that no width changes: masks, signs, what must be exact. They grow by what a step took beyond what
+            was reckoned, if that was beyond the budget.
         raw: bytes the uncompressed graph would keep.
-        target: bytes to choose widths for; below the budget where an earlier choice took more than was reckoned.
+        target: bytes to choose widths for.
         predicted: the gradient's error that is expected, relative to its norm.
         stored: bytes that are expected.
         bits: the mean width of the tensors that are rounded.
@@ -134,25 +134,23 @@ class Planner:
         now.stored = now.fixed + sum(option.nbytes for option in chosen.values())
 
     def finished(self, ledger: Ledger) -> None:
-        """A step is over: count it; if it took more than the budget, choose for less from the next on."""
+        """A step is over: count it; if it took more than the budget, choose for less from the next on.
+
+        Raises:
+            BudgetTooSmall: if no choice is for less.
+        """
         now = self.now
         measured = self.is_due
         now.steps += 1
         if measured or now.plan is None:
             return
-        budget = self.budget.bytes_of(ledger.raw_bytes)
-        excess = ledger.stored_bytes - budget
+        excess = ledger.stored_bytes - self.budget.bytes_of(ledger.raw_bytes)
         if self.most is not None:  # a word between the ranks, while a plan is new
             since = now.steps - max(step for step in self._measured_at(now.steps))
             excess = self.most(excess) if since <= _NEW else 0
-        if excess <= 0:
-            return
-        for _ in range(_TRIES):  # what is recognised as cheap to make again depends on the bits, and so do the bytes
-            now.target -= max(excess, budget // 100)
-            before = now.plan
+        if excess > 0:  # batches differ, and so do indices and masks: what was not reckoned with is fixed from now on
+            now.fixed += excess + now.target - now.stored
             self._allocate(now)
-            if now.plan != before:
-                return
 
     @staticmethod
     def _measured_at(steps: int) -> Iterable[int]:

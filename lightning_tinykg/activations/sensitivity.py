@@ -1,8 +1,8 @@
 r"""How much rounding each saved tensor costs the gradient: measured, on the graph that is there.
 
-The graph of one step holds its tensors at 8 bits. Its backward runs once as it is, and then twice for each tensor (or
-group of tensors that share a place), with that tensor alone rounded to 2 and to 4 bits: what the gradient of the
-parameters moves by is what that costs. Between, the variance falls with the square of the number of levels,
+The graph of one step holds its tensors at 8 bits. Its backward runs once as it is, and then three times for each
+tensor (or group of tensors that share a place), with that tensor alone rounded to 1, 2 and 4 bits: what the gradient of
+the parameters moves by is what that costs. Beyond, the variance falls with the square of the number of levels,
 :math:`\mathrm{Var}(b) = C / (2^b - 1)^2` (ActNN, Chen et al., ICML 2021). No forward is repeated, and nothing is kept
 longer than the step.
 """
@@ -22,9 +22,10 @@ from lightning_tinykg.bits.budget import Option
 from lightning_tinykg.bits.plan import Place
 from lightning_tinykg.codecs.affine import dequantize, quantize
 from lightning_tinykg.codecs.noise import make_key
+from lightning_tinykg.codecs.refined import LEVELS
 
-MEASURED_BITS = (2, 4)
-"""The widths that are tried: their groups differ in size, and so does what a group's range is."""
+MEASURED_BITS = (1, 2, 4)
+"""The widths that are tried: from 4 bits on a backward is as good as linear in the error, below it need not be."""
 
 
 @dataclass
@@ -106,11 +107,11 @@ def measure(
 def _options(
     tensors: Sequence[Rounded], variance: dict[int, float], floor: int, size: Callable[[Layout, int], int]
 ) -> Iterable[Option]:
-    for bits in (1, 2, 4, 8):
+    for bits in LEVELS:
         if bits >= floor:
-            near = 2 if bits <= 2 else 4
+            near = min(bits, 4)
             nbytes = sum(size(tensor.layout, bits) for tensor in tensors)
-            yield Option(bits, nbytes, variance[near] * ((2**near - 1) / (2**bits - 1)) ** 2)
+            yield Option(bits, nbytes, variance[near] * (LEVELS[near] / LEVELS[bits]) ** 2)
     yield Option(32, sum(tensor.layout.numel * tensor.itemsize for tensor in tensors), 0.0)
 
 

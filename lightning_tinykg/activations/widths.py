@@ -10,10 +10,11 @@ from torch import Tensor
 from lightning_tinykg.activations.rules import ANGLE, EXACT, SMOOTH, UNKNOWN, Need, Rule
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.bits.plan import BitPlan, Place, bits_now
-from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantized_size
+from lightning_tinykg.codecs.affine import FLOAT_DTYPES
 from lightning_tinykg.codecs.packing import BITS
+from lightning_tinykg.codecs.refined import REFINED_BITS, rounded_size
 
-RAISED_BITS = {1: 4, 2: 4, 4: 8, 8: 8}
+RAISED_BITS = {1: 4, 2: 4, 4: 8, 8: 8, REFINED_BITS: REFINED_BITS}
 """By width: the least width of what enters a backward non-linearly, and of coefficients."""
 
 NARROW = 16
@@ -84,7 +85,7 @@ class Widths:
         such extras together stay below a hundredth of the raw bytes. The score head is small and on every path of the
         gradient: this is what keeps its error from all the rest.
         """
-        if least == 32 or self.literal:
+        if least >= BITS[-1] or self.literal:
             return least
         wish = self.bits + math.log2(max(self._largest / max(layout.numel * itemsize, 1), 1.0))
         better = min((width for width in BITS if width >= least), key=lambda width: abs(width - wish))
@@ -100,7 +101,7 @@ class Widths:
 
     def size(self, layout: Layout, bits: int) -> int:
         """The bytes of a run of elements in a width below 32."""
-        return quantized_size(layout.numel, bits, self.group(layout, bits))
+        return rounded_size(layout.numel, bits, self.group(layout, bits))
 
     def _with(self, layout: Layout, bits: int, least: int) -> int:
         return self._extra + self.size(layout, bits) - self.size(layout, least)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_tinykg.bits.plan import PLAN_WIDTHS, BitPlan, PlanEntry
+from lightning_tinykg.bits.plan import BitPlan, PlanEntry
 
 __all__ = [
     "COMPONENTS",
@@ -21,7 +21,7 @@ __all__ = [
     "uniform",
 ]
 
-WIDTHS = PLAN_WIDTHS
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 """The widths a place can have. 32 keeps it as it is."""
 
 COMPONENTS = ("embedding", "message", "attention", "update")

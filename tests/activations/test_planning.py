@@ -8,8 +8,9 @@ import torch
 from comparing import made
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_geometric.nn import GATConv
 
-from lightning_tinykg import Ledger, compress_activations
+from lightning_tinykg import BitPlan, Ledger, compress_activations
 from lightning_tinykg.bits.budget import BudgetTooSmall
 
 ROWS, WIDTH = 400, 64
@@ -79,6 +80,71 @@ def test_better_than_one_width_for_all_in_as_many_bytes(bits: int) -> None:
     chosen = planned(ledger.stored_bytes)
     assert step(Model(), leaf(), chosen)[1].stored_bytes <= ledger.stored_bytes
     assert error(chosen) < error(uniform) / 1.3
+
+
+class Attention(nn.Module):
+    """Two layers of PyG's GATConv, as tensors that matter about alike; pairs of its rows are scored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.edges = torch.randint(ROWS, (2, 8 * ROWS))
+        self.triples = torch.randint(ROWS, (3, 2 * ROWS))
+        self.nodes = nn.Parameter(torch.randn(ROWS, WIDTH))
+        self.convs = nn.ModuleList(GATConv(WIDTH, WIDTH // 4, heads=4) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.nodes
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.elu(norm(conv(x, self.edges)))
+        user, positive, negative = (x[index] for index in self.triples)
+        return F.logsigmoid((user * positive).sum(-1) - (user * negative).sum(-1))
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+def test_never_worse_than_one_width_for_all_in_as_many_bytes(bits: int) -> None:
+    """Though there is hardly anything to gain, and the bytes are only just enough."""
+    model, x = Attention(), leaf()
+    want, _ = step(model, x, None)
+
+    def errors(context: compress_activations) -> Tensor:
+        return torch.stack([(step(model, x, context)[0] - want).norm() / want.norm() for _ in range(20)])
+
+    uniform = compress_activations(bits, min_bytes=0)
+    _, ledger = step(model, x, uniform)
+    chosen = compress_activations(budget=ledger.stored_bytes, min_bytes=0)
+    step(model, x, chosen)
+    assert step(model, x, chosen)[1].stored_bytes <= ledger.stored_bytes
+    mine, theirs = errors(chosen), errors(uniform)
+    spread = (mine.var() / 20 + theirs.var() / 20).sqrt()  # of the difference of the means
+    assert mine.mean() <= theirs.mean() + 3 * spread
+
+
+@pytest.mark.parametrize(("model", "budget"), [(Model, "20%"), (Model, "9%"), (Attention, "20%"), (Attention, "6%")])
+def test_a_choice_takes_the_bytes_that_were_reckoned(model: type[nn.Module], budget: str) -> None:
+    """Also where several saves are made again from one table, as a user's row for each pair that it is scored in."""
+    context = compress_activations(budget=budget, min_bytes=0)
+    stored = [step(model(), leaf(), context)[1].stored_bytes for _ in range(3)]
+    assert context.planner is not None
+    assert stored[1] == stored[2] == context.planner.now.stored
+
+
+def test_a_larger_batch_is_chosen_for_from_the_next_step_on() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    context = compress_activations(budget=50_000, min_bytes=0)
+
+    def stored(rows: int) -> int:
+        with context as ledger:
+            loss = model(made(leaf()[:rows])).square().sum()
+        context.plan_for(loss, model.parameters())
+        return ledger.stored_bytes
+
+    stored(300)
+    assert stored(300) <= 50_000
+    assert stored(360) > 50_000
+    assert stored(360) <= 50_000
+    assert stored(300) <= 50_000
 
 
 @pytest.mark.parametrize("budget", ["20%", "10%"])
@@ -186,6 +252,26 @@ def test_resumed_with_what_was_chosen() -> None:
     again.load_state_dict(state)
     assert again.plan_in_force == context.plan_in_force
     assert torch.equal(step(Model(), leaf(), again)[0], step(Model(), leaf(), context)[0])
+
+
+def test_between_8_bits_and_exact_there_are_12() -> None:
+    """And what was chosen can be asked for again, as a plan."""
+    context = planned("30%")
+    _, ledger = step(Model(), leaf(), context)
+    assert "int12" in {entry.codec for entry in ledger}
+    assert error(context) < error(compress_activations(8, min_bytes=0)) / 3
+    again = compress_activations(context.plan_in_force, min_bytes=0)
+    assert step(Model(), leaf(), again)[1].stored_bytes == ledger.stored_bytes
+    assert error(again) == pytest.approx(error(context), rel=0.2)
+
+
+def test_12_bits_for_a_layer() -> None:
+    twelve = compress_activations(BitPlan({"strong": 12, "": 8}, default=12), min_bytes=0)
+    _, ledger = step(Model(), leaf(), twelve)
+    assert {entry.codec for entry in ledger if entry.module == "strong" and entry.codec != "held"} == {"int12"}
+    assert error(twelve) < error(compress_activations(8, min_bytes=0))
+    with pytest.raises(ValueError, match="bits of compress_activations must be one of 1, 2, 4, 8, 32, got 12"):
+        compress_activations(BitPlan({"strong": 12}), recipe="paper")
 
 
 def test_what_does_not_go_together() -> None:
