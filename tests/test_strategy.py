@@ -63,7 +63,9 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-SETTINGS: dict[str, Any] = {"bits": 2, "seed": 5, "min_bytes": 0, "modules": ["!head"], "summary": False}
+SETTINGS: dict[str, Any] = {
+    "bits": 2, "seed": 5, "min_bytes": 0, "modules": ["!head"], "recompute": "off", "summary": False,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["an instance", "by name"])

@@ -134,6 +134,9 @@ WAYS: dict[str, Callable[[torch.device], AbstractContextManager[Any]]] = {
     "paper-8-bit": lambda device: compress_activations(8, recipe="paper"),
     "paper-2-bit": lambda device: compress_activations(2, recipe="paper"),
     "checkpoint": lambda device: nullcontext(),
+    "checkpoint, 2-bit": lambda device: compress_activations(2),
+    "2-bit, recompute off": lambda device: compress_activations(2, recompute="off"),
+    "2-bit, aggressive": lambda device: compress_activations(2, recompute="aggressive"),
     "bf16-autocast": lambda device: torch.autocast(device.type, dtype=torch.bfloat16),
     "save_on_cpu": lambda device: torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda"),
 }
@@ -160,7 +163,7 @@ class Run:
     def of(cls, way: str, name: str, step: Step, graph: Graph) -> Run:
         """The step of this name in this way; all ways of a step share the model."""
         loss = step.loss
-        if way == "checkpoint":
+        if way.startswith("checkpoint"):
             loss = partial(CHECKPOINTED[name], step.model, graph)
         elif way == "bf16-autocast" and isinstance(step.model, KGAT) and name == "kgat":
             loss = partial(kgat, step.model, graph, uncheckpointed)
@@ -194,7 +197,7 @@ class Run:
 
 def ways_for(name: str, ways: list[str]) -> list[str]:
     """Those of the ways that a step can be run in: of some, there are no checkpointed layers here."""
-    return [way for way in ways if way != "checkpoint" or name in CHECKPOINTED]
+    return [way for way in ways if not way.startswith("checkpoint") or name in CHECKPOINTED]
 
 
 def make(name: str, sizes: dict[str, int], device: torch.device, seed: int = 0) -> tuple[Step, Graph]:

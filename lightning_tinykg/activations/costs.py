@@ -64,6 +64,7 @@ class Costs:
 
     def of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int) -> Cost | None:
         """What it takes to make a tensor again; None where its own code of at least ``least`` bits is better."""
+        least = self._widths.judged(tensor, rule, least)
         own = self.own_cost(tensor, rule, least)
         cost = self.of_recipe(recipe, least, own, [])
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
@@ -101,8 +102,6 @@ class Costs:
         mark = len(counted)
         counted.append(recipe)
         least = self.needed(recipe, least)
-        if recipe.makings.get(least) is not None:  # another save has seen to all of it
-            return Cost(0, recipe.work)
         nbytes, work = 0.0, recipe.work
         for ingredient in recipe.ingredients:
             cost = self.of_ingredient(ingredient, least, most - nbytes, counted)
@@ -148,5 +147,4 @@ class Costs:
         raw = layout.numel * itemsize
         if least == 32:
             return raw
-        # what is made of what must not change with the widths of a plan, or its bytes would not be those reckoned
-        return min(self._widths.size(layout, 8 if self._widths.literal else least), raw)
+        return min(self._widths.size(layout, least), raw)

@@ -78,9 +78,9 @@ class Ledger:
         ...     loss = linear(x).relu().exp().tanh().sum()
         >>> loss.backward()
         >>> [(entry.op, entry.codec) for entry in ledger if entry.codec != "held"]
-        [('Relu.result', 'mask'), ('Exp.result', 'int2'), ('Tanh.result', 'int4')]
+        [('Relu.result', 'mask'), ('Exp.result', 'recipe'), ('Tanh.result', 'recipe')]
         >>> round(ledger.ratio, 1)
-        11.3
+        95.9
     """
 
     def __init__(self) -> None:

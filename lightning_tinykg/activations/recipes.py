@@ -59,7 +59,7 @@ class Ingredient:
     def tensor(self) -> Tensor | None:
         """The tensor, if it is still there and still what it was."""
         base = self.find()
-        if base is None or base._version != self.version or (self.free and is_freed(base)):
+        if base is None or base._version != self.version or is_freed(base):
             return None
         layout = self.layout
         return base if self.whole else base.as_strided(layout.shape, layout.stride, layout.offset)
@@ -217,7 +217,7 @@ class RecipeBook:
         recipe = value.recipe
         if recipe is not None and recipe.version != version:
             recipe = None
-        free = False if value.users is False else self._values.is_users(argument, None if floating else (argument,))
+        free = self._values.is_users(argument, None if floating else (argument,))
         base = argument._base
         find: Callable[[], Tensor | None]
         if free or (most and argument.nbytes <= most):

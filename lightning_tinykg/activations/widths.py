@@ -74,6 +74,12 @@ class Widths:
         narrow = tensor.dim() < 2 or tensor.shape[-1] < NARROW
         return self.raised(self.bits) if rule in (SMOOTH, ANGLE) or narrow else self.bits
 
+    def judged(self, tensor: Tensor, rule: Rule, least: int) -> int:
+        """The width that a form is chosen by: in a plan of saves one for all, or its bytes would not be as reckoned."""
+        if not self.literal or rule is EXACT or not isinstance(rule, Need) or tensor.dtype not in FLOAT_DTYPES:
+            return least
+        return 8
+
     def raised(self, least: int) -> int:
         """The width for what asks for more than ``least``, since its error does not average out."""
         return least if self.literal else max(least, RAISED_BITS.get(self.bits, 32))

@@ -86,7 +86,8 @@ def profile(
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from lightning_tinykg.profiling import profile
         >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> [(point.bits, point.error) for point in profile(trainer, BoringModel(), steps=1, widths=[32]).points]
+        >>> points = profile(trainer, BoringModel(), steps=1, widths=[32], recompute=()).points
+        >>> [(point.bits, point.error) for point in points]
         [(32, 0.0)]
     """
     if steps < 1:

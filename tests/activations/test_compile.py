@@ -123,7 +123,7 @@ def assert_right(model: nn.Module, run: Model, x: Tensor, around: Any = nullcont
     want, _ = step(model, run, x, around=around())
     exact, _ = step(model, run, x, compress_activations(32), around=around())
     assert torch.equal(exact, want)
-    got, ledger = step(model, run, x, compress_activations(8), around=around())
+    got, ledger = step(model, run, x, compress_activations(8, recompute="off"), around=around())
     assert 0 < float((got - want).norm() / want.norm()) < error
     again, _ = step(model, run, x, around=around())
     assert torch.equal(again, want)

@@ -370,6 +370,7 @@ def test_rows_make_a_frame(ledger: Ledger) -> None:
         "stored_bytes",
         "need",
         "recipe",
+        "work",
     ]
     assert len(frame) == len(ledger)
     assert frame.raw_bytes.sum() == ledger.raw_bytes

@@ -122,17 +122,18 @@ def test_never_worse_than_one_width_for_all_in_as_many_bytes(bits: int) -> None:
 
 
 @pytest.mark.parametrize(("model", "budget"), [(Model, "20%"), (Model, "9%"), (Attention, "20%"), (Attention, "6%")])
-def test_a_choice_takes_the_bytes_that_were_reckoned(model: type[nn.Module], budget: str) -> None:
+def test_a_choice_takes_no_more_than_the_bytes_that_were_reckoned(model: type[nn.Module], budget: str) -> None:
     """Also where several saves are made again from one table, as a user's row for each pair that it is scored in."""
     context = compress_activations(budget=budget, min_bytes=0)
     stored = [step(model(), leaf(), context)[1].stored_bytes for _ in range(3)]
     assert context.planner is not None
-    assert stored[1] == stored[2] == context.planner.now.stored
+    # what a choice leaves exact may be made of one another, and then takes less
+    assert stored[1] == stored[2] <= context.planner.now.stored
 
 
 def test_a_larger_batch_is_chosen_for_from_the_next_step_on() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
-    context = compress_activations(budget=50_000, min_bytes=0)
+    context = compress_activations(budget=50_000, min_bytes=0, recompute="off")
 
     def stored(rows: int) -> int:
         with context as ledger:
@@ -300,4 +301,4 @@ def test_of_what_is_unknown_nothing_is_risked() -> None:
             loss = (Custom.apply(made(x)) * made(x)).sum()
         context.plan_for(loss, [x])
         loss.backward()
-    assert {entry.codec for entry in ledger if entry.op == "Custom.tensors"} <= {"int8", "exact"}
+    assert {entry.codec for entry in ledger if entry.op == "Custom.tensors"} <= {"int8", "int12", "exact"}
