@@ -302,7 +302,7 @@ def _model_parallel() -> None:
     exact, _ = fit(32, summary=False)
     assert len(plain.grads) == 4
     assert all(torch.equal(a, b) for a, b in zip(exact.grads, plain.grads, strict=True))
-    rounded, callback = fit(8, summary=False, modules=["!Linear"], recompute="off")
+    rounded, callback = fit(8, summary=False, modules=["!Linear"])
     for a, b in zip(rounded.grads, plain.grads, strict=True):
         assert 0 < float((a - b).norm() / b.norm()) < 0.05
     assert callback is not None
@@ -310,7 +310,8 @@ def _model_parallel() -> None:
     entries = list(callback.largest)
     of_weights = {(e.codec, e.raw_bytes, e.stored_bytes) for e in entries if e.shape in WEIGHTS}
     assert of_weights == {("held", 0, 0), ("reference", 0, 0)}  # the latter are the penalty's
-    assert {e.codec for e in entries if e.module == "net.blocks.1.norm" and e.shape == (32, WIDTH)} == {"int8"}
+    of_norm = {e.codec for e in entries if e.module == "net.blocks.1.norm" and e.shape == (32, WIDTH)}
+    assert of_norm in ({"int8"}, {"recipe"})
     for parameter in rounded.parameters():
         other = whole(parameter)
         distributed.broadcast(other, 0)
