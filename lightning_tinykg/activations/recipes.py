@@ -118,10 +118,12 @@ class Recipe:
         return passes * self.nbytes
 
     def text(self, depth: int = 3) -> str:
-        """The ops, from the tensors ``x`` that are kept; ``...`` for what is deeper, or repeated."""
+        """The ops, from tensors ``x`` that are kept (of an index: from indices ``i``); ``...`` for what is deeper."""
         if depth == 0:
             return "..."
-        found = [i.recipe.text(depth - 1) if i.recipe is not None else "x" for i in self.ingredients if i.floating]
+        said = [i for i in self.ingredients if i.floating == self.dtype.is_floating_point]
+        leaf = "x" if self.dtype.is_floating_point else "i"
+        found = [leaf if i.recipe is None else i.recipe.text(depth - 1) for i in said]
         return f"{self.repeatable.name}({', '.join(dict.fromkeys(found))})"
 
 
