@@ -82,6 +82,30 @@ def test_faiss_gives_the_same_answers_to_the_last_bit(
 @needs_faiss
 @pytest.mark.parametrize("granularity", ["table", "node"])
 @pytest.mark.parametrize("bits", BITS)
+def test_one_user_gets_what_many_get(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: int, granularity: str
+) -> None:
+    monkeypatch.setattr(refining, "SMALL", 200)  # as of many items
+    items, users = table(3000, 20, bits, granularity), vectors(24, 20)
+    best = expected(users, items, 60)[0].tolist()
+    seen = seen_by(*(own[: 5 * (user % 4)] for user, own in enumerate(best)))
+    loaded = load(tmp_path, items, "faiss", users=users, seen=seen)
+    for k, factor in ((1, 1.0), (3, 4.0), (40, 1.0), (40, 4.0), (40, None)):
+        for exclude_seen in (True, False):
+            options: Any = {"k": k, "exclude_seen": exclude_seen, "refine_factor": factor}
+            together = loaded.recommend(range(24), **options)
+            for user in range(24):
+                alone = loaded.recommend([user], **options)
+                if factor:
+                    np.testing.assert_array_equal(alone[0][0], together[0][user])
+                if factor or granularity == "table":  # unrefined, faiss picks among equals; of shards it sees less
+                    np.testing.assert_array_equal(alone[1][0], together[1][user])
+                assert not exclude_seen or not np.intersect1d(alone[0][0], best[user][: 5 * (user % 4)]).size
+
+
+@needs_faiss
+@pytest.mark.parametrize("granularity", ["table", "node"])
+@pytest.mark.parametrize("bits", BITS)
 def test_bounds_hold_what_faiss_missed(bits: int, granularity: str) -> None:
     items, queries = table(2000, 24, bits, granularity), vectors(30, 24).numpy()
     codes = packed(items)
