@@ -199,7 +199,7 @@ class LowBitIndex:
         """The row numbers of ids of the data set.
 
         Args:
-            ids: As in the data set's files.
+            ids: As in the data set's files: integers or strings; `7` and `"7"` are the same.
             what: Whose ids they are.
 
         Returns:
@@ -207,16 +207,25 @@ class LowBitIndex:
 
         Raises:
             KeyError: For an id that is not there.
-            ValueError: If the export has no such ids: they are the row numbers.
+            ValueError: If the export has no such ids: they are the row numbers. Or for another `what`.
         """
-        known = self.user_ids if what == "user" else self.item_ids
-        if known is None:
+        if what not in ("user", "item"):
+            raise ValueError(f"what must be 'user' or 'item', got {what!r}")
+        place = self._user_rows if what == "user" else self._item_rows
+        if place is None:
             raise ValueError(f"the export has no {what} ids: they are the row numbers")
-        place = {value: row for row, value in enumerate(known.tolist())}
-        wanted = np.asarray(ids).astype(known.dtype if known.dtype.kind != "U" else np.str_).tolist()
-        if missing := [value for value in wanted if value not in place]:
+        wanted = np.asarray(ids).reshape(-1).tolist()
+        if missing := [value for value in wanted if str(value) not in place]:
             raise KeyError(f"no {what} {missing[0]!r} in the export")
-        return np.array([place[value] for value in wanted], dtype=np.int64)
+        return np.array([place[str(value)] for value in wanted], dtype=np.int64)
+
+    @cached_property
+    def _user_rows(self) -> dict[str, int] | None:
+        return _places(self.user_ids)
+
+    @cached_property
+    def _item_rows(self) -> dict[str, int] | None:
+        return _places(self.item_ids)
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
@@ -233,6 +242,10 @@ class LowBitIndex:
         if self._faiss is None or not k:
             return exhaustive(self._items, vectors, k, excluded)
         return refined(self._faiss, vectors, k, excluded, refine_factor)
+
+
+def _places(ids: Ids | None) -> dict[str, int] | None:
+    return None if ids is None else {str(value): row for row, value in enumerate(ids.tolist())}
 
 
 def export(module: QuantizedRanking, directory: str | os.PathLike[str], **options: Any) -> LowBitIndex:

@@ -101,6 +101,17 @@ def test_ids_of_the_data_set(tmp_path: Path, ids: Any) -> None:
     assert index.rows_of(["y"]).tolist() == [1]
     with pytest.raises(KeyError, match="no user 'z' in the export"):
         index.rows_of(["z"])
+    with pytest.raises(ValueError, match="what must be 'user' or 'item', got 'artist'"):
+        index.rows_of(["y"], "artist")  # type: ignore[arg-type]
+
+
+def test_an_id_that_is_only_nearly_one_is_refused(tmp_path: Path) -> None:
+    index = LowBitIndex.load(write(tmp_path / "out", table(3, 8, 4), vectors(2, 8), item_ids=[30, 10, 20]))
+    assert index.rows_of(["10", "30"], "item").tolist() == [1, 0]
+    assert index.rows_of([], "item").tolist() == []
+    for ids, named in (([10.7], "10.7"), (["ten"], "'ten'"), ([2**70], str(2**70))):
+        with pytest.raises(KeyError, match=f"no item {named} in the export"):
+            index.rows_of(ids, "item")
 
 
 @pytest.mark.skipif(find_spec("faiss") is None, reason="faiss is not installed")
