@@ -25,6 +25,9 @@ __all__ = ["ExportError", "LowBitIndex", "export"]
 
 Ids = npt.NDArray[Any]
 
+USERS = 4096
+"""Users whose seen items are gathered at a time: for all users of a catalogue they would fill the memory."""
+
 
 class LowBitIndex:
     r"""Top-k recommendation from b-bit codes: what `HQGNN.export` writes, loaded.
@@ -167,9 +170,15 @@ class LowBitIndex:
         ids = ids.astype(np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.num_users:
             raise ValueError(f"user_ids must be in 0..{self.num_users - 1}, got {ids.min()}..{ids.max()}")
-        users = self._users.decode(ids) if isinstance(self._users, CodeTable) else np.asarray(self._users[ids])
-        excluded = Excluded.of(ids, self._seen_ptr, self._seen_item) if exclude_seen else None
-        return self._search(users, k, excluded, refine_factor)
+        parts = []
+        for start in range(0, max(1, len(ids)), USERS):
+            own = ids[start : start + USERS]
+            users = self._users.decode(own) if isinstance(self._users, CodeTable) else np.asarray(self._users[own])
+            excluded = Excluded.of(own, self._seen_ptr, self._seen_item) if exclude_seen else None
+            parts.append(self._search(users, k, excluded, refine_factor))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([items for items, _ in parts]), np.concatenate([scores for _, scores in parts])
 
     def search(self, vectors: npt.ArrayLike, k: int = 20, *, refine_factor: float | None = 4.0) -> tuple[Ints, Floats]:
         """The `k` items with the greatest dot product with each vector.

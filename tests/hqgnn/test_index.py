@@ -205,6 +205,19 @@ def test_seen_items_are_left_out_of_light_and_heavy_users(tmp_path: Path, backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_many_users_are_answered_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str) -> None:
+    items, users = table(500, 16, 4, "node"), vectors(11, 16)
+    seen = [list(range(user, 500, 7)) for user in range(11)]
+    loaded = load(tmp_path, items, backend, users=users, seen=seen_by(*seen))
+    order = [*range(10, -1, -1), 3, 3]
+    wanted = loaded.recommend(order, k=9)
+    assert_best(wanted, expected(users[order], items, 9, {place: seen[user] for place, user in enumerate(order)}))
+    monkeypatch.setattr(index, "USERS", 4)
+    for found, whole in zip(loaded.recommend(order, k=9), wanted, strict=True):
+        np.testing.assert_array_equal(found, whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_unrefined_answers_leave_out_seen_items_too(tmp_path: Path, backend: str) -> None:
     items, users = table(2000, 16, 4, "node"), vectors(2, 16)
     best = expected(users, items, 100)[0]
