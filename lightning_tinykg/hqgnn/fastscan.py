@@ -110,6 +110,9 @@ class CodeIndex:
         table: the codes, with one scale or one for each node.
         indexes: one for each shard, see :func:`shards_of`; None: made of the codes.
 
+    Attributes:
+        single: the scale, and the value of level 0, where all rows share them; else None.
+
     Raises:
         FaissMissing: If faiss is not installed.
         ValueError: If faiss can't hold such codes, or an index does not hold these.

@@ -243,8 +243,8 @@ class LowBitIndex:
     ) -> tuple[Ints, Floats]:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        if refine_factor is not None and not refine_factor >= 1:
-            raise ValueError(f"refine_factor must be at least 1, or None, got {refine_factor}")
+        if refine_factor is not None and not 1 <= refine_factor < float("inf"):
+            raise ValueError(f"refine_factor must be at least 1 and finite, or None, got {refine_factor}")
         k = min(k, self.num_items)
         if excluded is not None and not len(excluded.item):
             excluded = None

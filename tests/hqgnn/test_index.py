@@ -323,6 +323,7 @@ def test_numpy_searches_in_bounded_memory() -> None:
         (lambda i: i.search(np.ones((2, 9)), 3), ValueError, r"vectors must have shape \[U, 16\], got \[2, 9\]"),
         (lambda i: i.search(np.full(16, np.nan), 3), ValueError, "vectors must be finite"),
         (lambda i: i.search(np.ones(16), 3, refine_factor=0.5), ValueError, "refine_factor must be at least 1"),
+        (lambda i: i.search(np.ones(16), 3, refine_factor=np.inf), ValueError, "finite, or None, got inf"),
         (lambda i: i.rows_of(["a"]), ValueError, "the export has no user ids"),
     ],
 )
