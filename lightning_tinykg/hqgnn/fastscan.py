@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tinykg.hqgnn.scoring import Bytes, CodeTable, Doubles, Floats, Ints, unpack_rows
+from lightning_tinykg.hqgnn.scoring import Bytes, CodeTable, Doubles, Floats, Ints
 from lightning_tinykg.hqgnn.shards import file_names, shards_of
 
 __all__ = ["Candidates", "CodeIndex", "FaissMissing", "unsupported"]
@@ -128,6 +128,9 @@ class CodeIndex:
         self._middle = 128.0 if table.bits == 8 else (self._levels - 1) / 2
         self._unit = np.float32(1 / 127 if table.bits == 8 else 1.0)  # of what faiss is asked
         self._dims = _dimensions(table)
+        shifts = np.arange(8 // table.bits) * table.bits
+        levels = (np.arange(256)[:, None] >> shifts & (self._levels - 1)) - self._middle
+        self._of_byte: Floats = levels.astype(np.float32)  # in the order of `_dims`, as of a nibble
         parts = [slice(*ends) for ends in pairwise(self.starts)]
         rows = [part if self.order is None else self.order[part] for part in parts]
         if indexes is None:
@@ -172,9 +175,7 @@ class CodeIndex:
 
     def _codebook(self, count: int) -> Floats:
         """Centroids of all sub-quantizers, float32 ``[count, 16, 4 / bits]``: the levels that a nibble stands for."""
-        shifts = np.arange(4 // self.table.bits) * self.table.bits
-        levels = (np.arange(16)[:, None] >> shifts & (self._levels - 1)) - self._middle
-        return np.tile(levels.astype(np.float32), (count, 1, 1))
+        return np.tile(self._of_byte[:16, : 4 // self.table.bits], (count, 1, 1))
 
     def _check(self, index: Any, rows: Ints | slice) -> None:
         """Hold an index against the codes: its kind, its size, its codebook and some of its rows."""
@@ -264,9 +265,8 @@ class CodeIndex:
     def _whole(self, shard: int, queries: Floats) -> Candidates:
         """All rows of a shard, by numpy."""
         places = np.arange(*self.starts[shard : shard + 2])
-        packed = self.table.packed[places if self.order is None else self.order[places]]
-        codes = unpack_rows(np.asarray(packed), self.table.bits, len(self._dims)).astype(np.float32)
-        levels = queries @ (codes[:, self._dims] - np.float32(self._middle)).T * self._unit
+        packed = np.asarray(self.table.packed[places if self.order is None else self.order[places]])
+        levels = queries @ self._of_byte.take(packed, axis=0).reshape(len(packed), -1).T * self._unit
         rows = len(queries)
         return Candidates(levels, np.tile(places, (rows, 1)), np.full(rows, -np.inf, dtype=np.float32))
 
