@@ -94,6 +94,20 @@ def test_minmax_clips_nothing_and_a_percentile_little() -> None:
     assert best_clip(x.abs(), 4, "minmax", limit=10).item() == 1  # nothing is clipped, however few are looked at
 
 
+def test_one_scale_for_all_cuts_long_rows_only_where_levels_are_few() -> None:
+    x = torch.randn(2000, 32)
+    x[:20] *= 4  # such as popular items
+    long = {}
+    for bits in (2, 4, 8):
+        quantizer = Quantizer(bits, scale="table")
+        quantizer.calibrate(x)
+        long[bits] = ((quantizer(x[:20]) - x[:20]).norm() / x[:20].norm()).item()
+    assert long[8] < 0.05 < long[4] < long[2]
+    quantizer.bits = 4  # as a schedule does
+    quantizer.calibrate(x)
+    assert quantizer.calibration == "percentile"
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_rows_of_zeros_stay_finite(scale: Any) -> None:
     x = torch.zeros(4, 16)
