@@ -6,8 +6,9 @@ For each seed a full-precision teacher is trained until its validation Recall@20
 each variant is quantized: `ptq` as it is, `ste` and `gste` fine-tuned, chosen on the validation set (the state before
 fine-tuning takes part in that choice), and tested once. "fp32 tuned" is the teacher fine-tuned just as long, without
 quantization: what fine-tuning alone is worth. The split is the same for all runs; the seed decides initialisation. A
-finished run is a line in `OUT/results.jsonl` and is not repeated, so an interrupted call can simply be made again;
-teachers are kept beside it. Users are scored at full precision unless `--users quantized`.
+finished run is a line in `RESULTS/hqgnn-NAME.jsonl`, with NAME the data set's, and is not repeated, so an interrupted
+call can simply be made again, and more seeds can be added later. Teachers are kept in `OUT/NAME`, with how they were
+trained. Users are scored at full precision unless `--users quantized`.
 """
 
 import argparse
@@ -24,11 +25,14 @@ from reporting import WATCHED, Report, quiet_trainer, silence, spread
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from tinykg_runs import check_unfinished
+from tinykg_tables import keep, read
 
 from lightning_tinykg.data import KGRecDataModule
 from lightning_tinykg.hqgnn import HQGNN
 from lightning_tinykg.models import LightGCN
 
+RESULTS = Path(__file__).parent / "results"
 METRICS = ("recall@20", "recall@50", "ndcg@20", "ndcg@50")
 
 
@@ -54,13 +58,15 @@ def fit(
 
 
 def teacher_of(seed: int, args: argparse.Namespace, progress: Progress) -> LightGCN:
-    """The full-precision model of a seed, trained once."""
+    """The full-precision model of a seed, trained once; how it was trained lies beside it."""
     path = args.out / f"teacher-seed{seed}.ckpt"
     if not path.exists():
         L.seed_everything(seed, verbose=False)
         model = LightGCN(dim=args.dim, num_layers=args.layers, lr=args.teacher_lr, l2=args.l2, k=[20, 50])
-        fit(model, args, args.teacher_epochs, args.patience, path.with_name(f"training-seed{seed}.ckpt"), progress)
-        path.with_name(f"training-seed{seed}.ckpt").rename(path)  # a file that exists is whole
+        unfinished = path.with_name(f"training-seed{seed}.ckpt")
+        trained = fit(model, args, args.teacher_epochs, args.patience, unfinished, progress)
+        path.with_suffix(".json").write_text(json.dumps(trained))
+        unfinished.rename(path)  # a file that exists is whole
     return LightGCN.load_from_checkpoint(path, map_location="cpu")
 
 
@@ -89,6 +95,8 @@ def run_one(key: dict[str, Any], args: argparse.Namespace, progress: Progress) -
     model = HQGNN(teacher_of(key["seed"], args, progress), **options_of(key, args))
     before = score(model, args)
     result: dict[str, Any] = {"val": before["val/recall@20"], "epochs": 0, "seconds": 0.0}
+    if key["estimator"] == "fp32":
+        result = json.loads((args.out / f"teacher-seed{key['seed']}.json").read_text())
     tested = before
     if key["estimator"] in ("ste", "gste", "fp32 tuned"):
         L.seed_everything(key["seed"], verbose=False)
@@ -98,7 +106,8 @@ def run_one(key: dict[str, Any], args: argparse.Namespace, progress: Progress) -
         path.unlink()
         if result["val"] > before["val/recall@20"]:
             tested = score(model, args)
-    return key | result | {name: tested[f"test/{name}"] for name in METRICS} | {"mib": tested["hqgnn/embedding_mib"]}
+    found = {name: tested[f"test/{name}"] for name in METRICS} | {"mib": tested["hqgnn/embedding_mib"]}
+    return key | result | found | {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def groups(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
@@ -175,14 +184,21 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="of the fine-tuning")
     parser.add_argument("--epochs", type=int, default=30, help="of fine-tuning, at most")
     parser.add_argument("--tuning-patience", type=int, default=5, help="epochs without a better validation Recall@20")
-    parser.add_argument("--out", type=Path, default=Path("runs/hqgnn"), help="where the results are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the results are kept")
+    parser.add_argument("--out", type=Path, default=Path("runs/hqgnn"), help="where teachers and picture are kept")
     parser.add_argument("--accelerator", default="cpu")
     args = parser.parse_args()
 
     silence()
-    args.out.mkdir(parents=True, exist_ok=True)
-    shown = ("seeds", "bits", "estimators", "scale", "out", "accelerator")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in shown}
+    name = Path(args.data).resolve().name.replace(":", "")
+    args.out, path = args.out / name, args.results / f"hqgnn-{name}.jsonl"
+    other = ("data", "seeds", "bits", "estimators", "scale", "results", "out", "accelerator")
+    settings = {"set": name} | {option: value for option, value in vars(args).items() if option not in other}
+    done = read(path)
+    if any(row["settings"] != settings for row in done):
+        raise SystemExit(f"{path} was made with other settings: choose another --results")
+    check_unfinished(args.out, settings)
+    args.results.mkdir(parents=True, exist_ok=True)
     exact = ["fp32", "fp32 tuned"] if {"ste", "gste"} & set(args.estimators) else ["fp32"]
     wanted = [{"bits": 32, "estimator": how, "scale": None, "seed": seed} for seed in args.seeds for how in exact]
     wanted += [
@@ -192,10 +208,6 @@ def main() -> None:
         for scale in args.scale
         for estimator in args.estimators
     ]
-    path = args.out / "results.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if any(row["settings"] != settings for row in done):
-        raise SystemExit(f"{path} was made with other settings: remove it, or choose another --out")
     console, results = Console(), []
     console.width = max(console.width, 130)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
@@ -203,13 +215,12 @@ def main() -> None:
             found = next((row for row in done if all(row[name] == value for name, value in key.items())), None)
             if found is None:
                 found = run_one(key, args, progress) | {"settings": settings}
-                with path.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
+                keep(path, found)
             results.append(found)
-            name = f"{key['estimator']}, {key['bits']} bits, scale {key['scale']}, seed {key['seed']}"
-            progress.console.print(f"{name}: Recall@20 {found['recall@20']:.4f} ({found['seconds']:.0f} s)")
-    console.print(tabulate(results, Path(args.data).name))
-    picture(results, args.out / "recall_against_bytes.png", Path(args.data).name)
+            run = f"{key['estimator']}, {key['bits']} bits, scale {key['scale']}, seed {key['seed']}"
+            progress.console.print(f"{run}: Recall@20 {found['recall@20']:.4f} ({found['seconds']:.0f} s)")
+    console.print(tabulate(results, name))
+    picture(results, args.out / "recall_against_bytes.png", name)
     console.print(f"Picture: {args.out / 'recall_against_bytes.png'}")
 
 

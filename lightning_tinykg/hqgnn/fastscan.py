@@ -24,13 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tinykg.hqgnn.scoring import CodeTable, Doubles, Floats, Ints, pack_rows, unpack_rows
+from lightning_tinykg.hqgnn.scoring import Bytes, CodeTable, Doubles, Floats, Ints
 from lightning_tinykg.hqgnn.shards import file_names, shards_of
 
 __all__ = ["Candidates", "CodeIndex", "FaissMissing", "unsupported"]
 
 MAX_SUBQUANTIZERS = 256
 """faiss sums tables of uint8 in uint16, which 257 of them can overflow."""
+BLOCK = 64
+"""Rows that faiss's kernel takes at a time. Its own choice, 32, loads its tables twice as often: a fifth slower."""
 SPOTS = 512
 """Rows of a shard that are held against the codes when it is read from a file."""
 
@@ -108,6 +110,9 @@ class CodeIndex:
         table: the codes, with one scale or one for each node.
         indexes: one for each shard, see :func:`shards_of`; None: made of the codes.
 
+    Attributes:
+        single: the scale, and the value of level 0, where all rows share them; else None.
+
     Raises:
         FaissMissing: If faiss is not installed.
         ValueError: If faiss can't hold such codes, or an index does not hold these.
@@ -121,22 +126,26 @@ class CodeIndex:
         self.sizes = np.diff(self.starts)
         self._levels = 2**table.bits
         self._middle = 128.0 if table.bits == 8 else (self._levels - 1) / 2
-        self._unit = 1 / 127 if table.bits == 8 else 1.0
+        self._unit = np.float32(1 / 127 if table.bits == 8 else 1.0)  # of what faiss is asked
         self._dims = _dimensions(table)
+        shifts = np.arange(8 // table.bits) * table.bits
+        levels = (np.arange(256)[:, None] >> shifts & (self._levels - 1)) - self._middle
+        self._of_byte: Floats = levels.astype(np.float32)  # in the order of `_dims`, as of a nibble
         parts = [slice(*ends) for ends in pairwise(self.starts)]
         rows = [part if self.order is None else self.order[part] for part in parts]
         if indexes is None:
-            indexes = [self._build(part) for part in rows]
+            indexes = [self._build(table.packed[part]) for part in rows]
         elif len(indexes) != len(parts):
             raise ValueError(f"there are {len(indexes)} indexes for {len(parts)} shards of the codes")
         else:
             for index, part in zip(indexes, rows, strict=True):
                 self._check(index, part)
         self.indexes = indexes
-        self._single = (
-            tuple(float(values[0]) for values in self._affine(slice(None))) if table.scale.size == 1 else None
-        )
-        if self._single:
+        self.single: tuple[float, float] | None = None
+        if table.scale.size == 1:
+            scale, offset = self._affine(slice(None))
+            self.single = float(scale[0]), float(offset[0])
+        if self.single:
             rows = [slice(None)]
         ends = [(values.min(), values.max()) for own in rows for values in self._affine(own)]
         self._bounds = np.array(ends).reshape(len(rows), 4).T
@@ -148,9 +157,9 @@ class CodeIndex:
 
     # -- made of codes, and held against them ------------------------------------------------------------------------
 
-    def _build(self, rows: Ints | slice) -> Any:
+    def _build(self, packed: Bytes, block: int = BLOCK) -> Any:
         module, table = faiss(), self.table
-        packed = np.ascontiguousarray(table.packed[rows])
+        packed = np.ascontiguousarray(packed)
         if table.bits == 8:
             scalar = module.IndexScalarQuantizer(
                 table.dim, module.ScalarQuantizer.QT_8bit_direct_signed, module.METRIC_INNER_PRODUCT
@@ -162,13 +171,11 @@ class CodeIndex:
         module.copy_array_to_vector(self._codebook(count).ravel(), product.pq.centroids)
         product.is_trained = True
         product.add_sa_codes(packed)
-        return module.IndexPQFastScan(product)
+        return module.IndexPQFastScan(product, block)
 
     def _codebook(self, count: int) -> Floats:
         """Centroids of all sub-quantizers, float32 ``[count, 16, 4 / bits]``: the levels that a nibble stands for."""
-        shifts = np.arange(4 // self.table.bits) * self.table.bits
-        levels = (np.arange(16)[:, None] >> shifts & (self._levels - 1)) - self._middle
-        return np.tile(levels.astype(np.float32), (count, 1, 1))
+        return np.tile(self._of_byte[:16, : 4 // self.table.bits], (count, 1, 1))
 
     def _check(self, index: Any, rows: Ints | slice) -> None:
         """Hold an index against the codes: its kind, its size, its codebook and some of its rows."""
@@ -188,11 +195,12 @@ class CodeIndex:
             module.vector_to_array(index.pq.centroids), self._codebook(2 * packed.shape[1]).ravel()
         ):
             raise ValueError("its codebook does not hold the levels of the codes")
-        spots = np.unique(np.linspace(0, len(packed) - 1, SPOTS).astype(np.int64))
-        own = np.stack([index.reconstruct(int(spot)) for spot in spots])
-        codes = np.zeros((len(spots), max(dim, table.dim)), dtype=np.uint8)
-        codes[:, self._dims] = np.rint(own + self._middle)
-        if not np.array_equal(pack_rows(codes, table.bits), packed[spots]):
+        block = 1 if table.bits == 8 else index.bbs
+        blocks = -(-len(packed) // block)
+        spots = np.unique(np.linspace(0, blocks - 1, max(2, SPOTS // block)).astype(np.int64))
+        some = self._build(np.concatenate([packed[spot * block : (spot + 1) * block] for spot in spots]), block)
+        held, wanted = _codes(index), _codes(some).reshape(len(spots), -1)
+        if len(held) != blocks * wanted.shape[1] or not np.array_equal(held.reshape(blocks, -1)[spots], wanted):
             raise ValueError("its codes are not those of the items")
 
     def save(self, folder: Path) -> list[str]:
@@ -225,7 +233,7 @@ class CodeIndex:
         if len(self._dims) > unit.shape[1]:
             padded = np.zeros((len(unit), len(self._dims)), dtype=np.float32)
             padded[:, : unit.shape[1]] = unit
-        queries = np.ascontiguousarray(padded[:, self._dims])
+        queries = padded.take(self._dims, axis=1)
         count = 2 * self.table.packed.shape[1]
         spans = np.abs(queries).reshape(len(queries), count, -1).sum(axis=2, dtype=np.float64) * (self._levels - 1)
         # each of the tables is rounded to 255 steps of the widest one's span: half a step off at most
@@ -243,7 +251,9 @@ class CodeIndex:
         if fetch >= index.ntotal:
             return self._whole(shard, queries)
         levels, places = index.search(queries, fetch)
-        last, gaps = levels[:, -1].copy(), bool(places.min() < 0)
+        if self._unit != 1:
+            levels *= self._unit
+        last, gaps = levels[:, -1].copy(), bool(places[:, -1].min() < 0)  # they come last
         if gaps:  # what has the least product there can be, IndexPQFastScan does not give
             absent = places < 0
             levels[absent], places[absent] = -np.inf, 0
@@ -255,9 +265,8 @@ class CodeIndex:
     def _whole(self, shard: int, queries: Floats) -> Candidates:
         """All rows of a shard, by numpy."""
         places = np.arange(*self.starts[shard : shard + 2])
-        packed = self.table.packed[places if self.order is None else self.order[places]]
-        codes = unpack_rows(np.asarray(packed), self.table.bits, len(self._dims)).astype(np.float32)
-        levels = queries @ (codes[:, self._dims] - np.float32(self._middle)).T
+        packed = np.asarray(self.table.packed[places if self.order is None else self.order[places]])
+        levels = queries @ self._of_byte.take(packed, axis=0).reshape(len(packed), -1).T * self._unit
         rows = len(queries)
         return Candidates(levels, np.tile(places, (rows, 1)), np.full(rows, -np.inf, dtype=np.float32))
 
@@ -281,15 +290,21 @@ class CodeIndex:
             places = np.concatenate([part.places for part in found], axis=1)
             last = np.stack([part.last for part in found], axis=1)
         items = places if self.order is None else self.order[places]
-        scale, offset = self._affine(items) if self._single is None else self._single
-        score = scale * self._unit * np.maximum(levels, FLOOR) + offset * total
+        scale, offset = self._affine(items) if self.single is None else self.single
+        score = scale * np.maximum(levels, FLOOR) + offset * total
         if any(part.gaps for part in found):
             score[np.isneginf(levels)] = -np.inf
         least, greatest, lowest, highest = self._bounds
-        most = np.maximum(last, FLOOR) * self._unit + error
+        most = np.maximum(last, FLOOR) + error
         missed = np.maximum(most * least, most * greatest) + np.maximum(total * lowest, total * highest) + slack
         missed[np.isneginf(last)] = -np.inf
         return items, score, scale * error + slack, missed
+
+
+def _codes(index: Any) -> Bytes:
+    """A view of the codes as an index holds them, block by block; its `reconstruct` is wrong in blocks of 64 rows."""
+    codes: Bytes = faiss().rev_swig_ptr(index.codes.data(), index.codes.size())
+    return codes
 
 
 def _dimensions(table: CodeTable) -> Ints:

@@ -25,6 +25,9 @@ __all__ = ["ExportError", "LowBitIndex", "export"]
 
 Ids = npt.NDArray[Any]
 
+USERS = 4096
+"""Users whose seen items are gathered at a time: for all users of a catalogue they would fill the memory."""
+
 
 class LowBitIndex:
     r"""Top-k recommendation from b-bit codes: what `HQGNN.export` writes, loaded.
@@ -167,9 +170,15 @@ class LowBitIndex:
         ids = ids.astype(np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.num_users:
             raise ValueError(f"user_ids must be in 0..{self.num_users - 1}, got {ids.min()}..{ids.max()}")
-        users = self._users.decode(ids) if isinstance(self._users, CodeTable) else np.asarray(self._users[ids])
-        excluded = Excluded.of(ids, self._seen_ptr, self._seen_item) if exclude_seen else None
-        return self._search(users, k, excluded, refine_factor)
+        parts = []
+        for start in range(0, max(1, len(ids)), USERS):
+            own = ids[start : start + USERS]
+            users = self._users.decode(own) if isinstance(self._users, CodeTable) else np.asarray(self._users[own])
+            excluded = Excluded.of(own, self._seen_ptr, self._seen_item) if exclude_seen else None
+            parts.append(self._search(users, k, excluded, refine_factor))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([items for items, _ in parts]), np.concatenate([scores for _, scores in parts])
 
     def search(self, vectors: npt.ArrayLike, k: int = 20, *, refine_factor: float | None = 4.0) -> tuple[Ints, Floats]:
         """The `k` items with the greatest dot product with each vector.
@@ -199,7 +208,7 @@ class LowBitIndex:
         """The row numbers of ids of the data set.
 
         Args:
-            ids: As in the data set's files.
+            ids: As in the data set's files: integers or strings; `7` and `"7"` are the same.
             what: Whose ids they are.
 
         Returns:
@@ -207,16 +216,25 @@ class LowBitIndex:
 
         Raises:
             KeyError: For an id that is not there.
-            ValueError: If the export has no such ids: they are the row numbers.
+            ValueError: If the export has no such ids: they are the row numbers. Or for another `what`.
         """
-        known = self.user_ids if what == "user" else self.item_ids
-        if known is None:
+        if what not in ("user", "item"):
+            raise ValueError(f"what must be 'user' or 'item', got {what!r}")
+        place = self._user_rows if what == "user" else self._item_rows
+        if place is None:
             raise ValueError(f"the export has no {what} ids: they are the row numbers")
-        place = {value: row for row, value in enumerate(known.tolist())}
-        wanted = np.asarray(ids).astype(known.dtype if known.dtype.kind != "U" else np.str_).tolist()
-        if missing := [value for value in wanted if value not in place]:
+        wanted = np.asarray(ids).reshape(-1).tolist()
+        if missing := [value for value in wanted if str(value) not in place]:
             raise KeyError(f"no {what} {missing[0]!r} in the export")
-        return np.array([place[value] for value in wanted], dtype=np.int64)
+        return np.array([place[str(value)] for value in wanted], dtype=np.int64)
+
+    @cached_property
+    def _user_rows(self) -> dict[str, int] | None:
+        return _places(self.user_ids)
+
+    @cached_property
+    def _item_rows(self) -> dict[str, int] | None:
+        return _places(self.item_ids)
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
@@ -225,14 +243,18 @@ class LowBitIndex:
     ) -> tuple[Ints, Floats]:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        if refine_factor is not None and not refine_factor >= 1:
-            raise ValueError(f"refine_factor must be at least 1, or None, got {refine_factor}")
+        if refine_factor is not None and not 1 <= refine_factor < float("inf"):
+            raise ValueError(f"refine_factor must be at least 1 and finite, or None, got {refine_factor}")
         k = min(k, self.num_items)
         if excluded is not None and not len(excluded.item):
             excluded = None
         if self._faiss is None or not k:
             return exhaustive(self._items, vectors, k, excluded)
         return refined(self._faiss, vectors, k, excluded, refine_factor)
+
+
+def _places(ids: Ids | None) -> dict[str, int] | None:
+    return None if ids is None else {str(value): row for row, value in enumerate(ids.tolist())}
 
 
 def export(module: QuantizedRanking, directory: str | os.PathLike[str], **options: Any) -> LowBitIndex:

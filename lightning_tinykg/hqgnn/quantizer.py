@@ -38,8 +38,8 @@ class Quantizer(nn.Module):
         group_size: Neighbouring dimensions in a group, for `scale="group"`; must divide the width.
         clip: `"learned"` or `"ema"`.
         calibration: How the clip is found: `"mse"`, `"minmax"` or `"percentile"`, see `best_clip`. `None`: `"mse"`, and
-            for a scale per table `"percentile"`: the least error is that of the many short rows, the ranking that of
-            the few long ones, which a bound common to all would cut.
+            for a scale per table below 8 bits `"percentile"`: the least error is that of the many short rows, the
+            ranking that of the few long ones, which a bound common to all would cut. 8 bits have levels for both.
         percentile: Share of the values within the range, for `calibration="percentile"`.
         momentum: Weight of the past in `clip="ema"`.
         window: How far beyond the outermost levels a gradient still passes to `x` at one bit, in steps of `2 c`.
@@ -71,11 +71,10 @@ class Quantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_bits(bits)
-        calibration = calibration or ("percentile" if scale == "table" else "mse")
         for name, value, choices in (
             ("scale", scale, Granularity),
             ("clip", clip, Clip),
-            ("calibration", calibration, Calibration),
+            ("calibration", calibration or "mse", Calibration),
         ):
             if value not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
@@ -87,13 +86,18 @@ class Quantizer(nn.Module):
         if not window >= 0:
             raise ValueError(f"window must be at least 0, got {window}")
         self.bits, self.scale, self.group_size, self.clip = bits, scale, group_size, clip
-        self.calibration, self.percentile, self.momentum, self.window = calibration, percentile, momentum, window
+        self.asked_calibration, self.percentile, self.momentum, self.window = calibration, percentile, momentum, window
         self.calibrated = False
         self.log_clip: Tensor
         if clip == "learned":
             self.log_clip = nn.Parameter(torch.zeros(1))
         else:
             self.register_buffer("log_clip", torch.zeros(1))
+
+    @property
+    def calibration(self) -> Calibration:
+        """How the clip is found, at the width in force."""
+        return self.asked_calibration or ("percentile" if self.scale == "table" and self.bits < 8 else "mse")
 
     def extra_repr(self) -> str:
         """The settings, for `print`."""

@@ -36,6 +36,9 @@ def refined(
         Items int64 and scores float32, ``[u, k]``, best first; -1 and -inf where fewer are left.
     """
     if len(vectors) == 1 and vectors.any():  # nothing to sort, and each call counts
+        found = _one(index, vectors, k, excluded, refine_factor) if index.single and index.single[0] > 0 else None
+        if found is not None:
+            return found
         answer, values, done = _some(index, vectors, k, excluded, refine_factor)
         return (answer, values) if done[0] else exhaustive(index.table, vectors, k, excluded)
     items = np.full((len(vectors), k), -1, dtype=np.int64)
@@ -52,6 +55,44 @@ def refined(
         own = excluded.of_rows(rows, len(vectors)) if excluded else None
         items[rows], scores[rows] = exhaustive(index.table, vectors[rows], k, own)
     return items, scores
+
+
+def _one(
+    index: CodeIndex, vector: Floats, k: int, excluded: Excluded | None, refine_factor: float | None
+) -> tuple[Ints, Floats] | None:
+    """As :func:`refined`, for one user and one scale above 0; None: it takes :func:`_some`.
+
+    One scale leaves faiss's order as it is but for its rounding. So its answer begins with all that can be among the
+    best: what lies above the ``k``-th, less twice what rounding can do.
+    """
+    assert index.single
+    scale, offset = index.single
+    unit, size = in_unit(vector)
+    shift = offset * unit.sum(dtype=np.float64)
+    queries, error = index.queries(unit)
+    off = float(error[0, 0] + index.table.tolerance(unit)[0] / scale)  # in levels, as are all bounds below
+    fetch = math.ceil((refine_factor or 1.0) * k) + (len(excluded.item) if excluded else 0)
+    while fetch <= MOST * len(index.table):
+        found = index.search(0, queries, fetch)
+        if found.gaps:
+            return None
+        level, item = found.levels[0], found.places[0]
+        if excluded:
+            left = ~excluded.contains(found.places)[0]
+            level, item = level[left], item[left]
+        count = np.count_nonzero(level >= level[k - 1] - (2 * off if refine_factor else 0.0))
+        item = item[:count]
+        if refine_factor is None:
+            score = ((scale * level[:count] + shift) * size).astype(np.float32)
+        else:
+            score = index.table.exact(vector, np.zeros(count, dtype=np.int64), item)
+        order = np.lexsort((item, -score))[:k]
+        item, score = item[order], score[order]
+        least = (score[-1] / size[0] - shift) / scale
+        if refine_factor is None or found.last[0] + off < least:
+            return item[None], score[None]
+        fetch *= GROWTH
+    return None
 
 
 def _some(

@@ -147,6 +147,12 @@ class CodeTable:
             return 0.0
         return float((np.abs(self.zero_of(slice(None))) + self.scale * np.float32(2**self.bits - 1)).max())
 
+    @cached_property
+    def _of_byte(self) -> Floats:
+        """The codes in each byte, float32 ``[256, 8 / bits]``; with one scale for all, what they stand for."""
+        codes = unpack_rows(np.arange(256, dtype=np.uint8)[:, None], self.bits, 8 // self.bits).astype(np.float32)
+        return codes * self.scale.ravel() + self.zero_of(slice(None)).ravel() if self.scale.size == 1 else codes
+
     def decode(self, rows: Ints | slice) -> Floats:
         """The values of some rows, rounded as `QuantizedTable.decode` rounds them.
 
@@ -156,11 +162,14 @@ class CodeTable:
         Returns:
             float32 ``[r, dim]``.
         """
-        codes = unpack_rows(np.asarray(self.packed[rows]), self.bits, self.dim).astype(np.float32)
+        packed = np.asarray(self.packed[rows])
+        planes = self._of_byte.take(packed, axis=0).swapaxes(1, 2)
+        codes = planes.reshape(len(packed), packed.shape[1] * planes.shape[1])[:, : self.dim]
+        if self.scale.size == 1:
+            return codes  # which are values already
         if self.scale.ndim == 1:
-            pick = slice(None) if self.scale.size == 1 else rows
-            codes *= np.asarray(self.scale[pick])[:, None]
-            codes += self.zero_of(pick)[:, None]
+            codes *= np.asarray(self.scale[rows])[:, None]
+            codes += self.zero_of(rows)[:, None]
             return codes
         grouped = codes.reshape(len(codes), self.scale.shape[1], -1)
         grouped *= np.asarray(self.scale[rows])[:, :, None]
@@ -183,7 +192,8 @@ class CodeTable:
         scores = np.empty(len(row), dtype=np.float32)
         for start in range(0, len(row), PAIRS):
             part = slice(start, start + PAIRS)
-            products = self.decode(item[part]) * vectors[row[part]].astype(np.float64)
+            own = vectors if len(vectors) == 1 else vectors[row[part]]
+            products = self.decode(item[part]) * own.astype(np.float64)
             scores[part] = products.sum(axis=1)
         return scores
 

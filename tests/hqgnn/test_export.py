@@ -101,6 +101,17 @@ def test_ids_of_the_data_set(tmp_path: Path, ids: Any) -> None:
     assert index.rows_of(["y"]).tolist() == [1]
     with pytest.raises(KeyError, match="no user 'z' in the export"):
         index.rows_of(["z"])
+    with pytest.raises(ValueError, match="what must be 'user' or 'item', got 'artist'"):
+        index.rows_of(["y"], "artist")  # type: ignore[arg-type]
+
+
+def test_an_id_that_is_only_nearly_one_is_refused(tmp_path: Path) -> None:
+    index = LowBitIndex.load(write(tmp_path / "out", table(3, 8, 4), vectors(2, 8), item_ids=[30, 10, 20]))
+    assert index.rows_of(["10", "30"], "item").tolist() == [1, 0]
+    assert index.rows_of([], "item").tolist() == []
+    for ids, named in (([10.7], "10.7"), (["ten"], "'ten'"), ([2**70], str(2**70))):
+        with pytest.raises(KeyError, match=f"no item {named} in the export"):
+            index.rows_of(ids, "item")
 
 
 @pytest.mark.skipif(find_spec("faiss") is None, reason="faiss is not installed")
@@ -286,6 +297,38 @@ def test_a_faiss_index_of_other_codes_is_refused(
     with pytest.raises(ExportError, match=rf"faiss index does not match items.safetensors: .*{what}"):
         LowBitIndex.load(folder, verify=False)
     LowBitIndex.load(folder, backend="numpy")  # which has no use for it
+
+
+@needs_faiss
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("row", [0, 40, 299])
+def test_a_faiss_index_with_one_other_row_is_refused(tmp_path: Path, bits: int, row: int) -> None:
+    items = table(300, 16, bits)
+    folder = write(tmp_path / "out", items)
+    items.codes[row, 3] ^= 1
+    write(tmp_path / "other", items)
+    (folder / "items.faiss").write_bytes((tmp_path / "other" / "items.faiss").read_bytes())
+    put_card(folder)
+    with pytest.raises(ExportError, match=r"faiss index does not match .*its codes are not those of the items"):
+        LowBitIndex.load(folder)
+
+
+@needs_faiss
+def test_a_faiss_index_in_smaller_blocks_answers_the_same(folder: Path) -> None:
+    """As the first releases wrote it."""
+    import faiss
+
+    loaded = LowBitIndex.load(folder, backend="faiss")
+    product = faiss.IndexPQ(16, 16, 4, faiss.METRIC_INNER_PRODUCT)
+    held = faiss.read_index(str(folder / "items.faiss"))
+    faiss.copy_array_to_vector(faiss.vector_to_array(held.pq.centroids), product.pq.centroids)
+    product.is_trained = True
+    product.add_sa_codes(load_file(folder / "items.safetensors")["codes"])
+    faiss.write_index(faiss.IndexPQFastScan(product, 32), str(folder / "items.faiss"))
+    put_card(folder)
+    older = LowBitIndex.load(folder, backend="faiss")
+    for found, wanted in zip(older.recommend(range(5), k=20), loaded.recommend(range(5), k=20), strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 @needs_faiss

@@ -31,18 +31,25 @@ def test_reproduction_resumes_and_refuses_to_mix_settings(
     def call(epochs: int, *estimators: str) -> list[dict[str, object]]:
         size = ("--data", "synthetic:1000", "--dim", "8", "--teacher-epochs", "2", "--epochs", str(epochs))
         options = ("--bits", "1", "--scale", "node", "--seeds", "0", "1", "--estimators", *estimators)
-        run(monkeypatch, "reproduce/hqgnn_lightgcn.py", *size, *options, "--out", str(tmp_path))
-        return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+        where = ("--results", str(tmp_path / "results"), "--out", str(tmp_path / "out"))
+        run(monkeypatch, "reproduce/hqgnn_lightgcn.py", *size, *options, *where)
+        return [json.loads(line) for line in (tmp_path / "results/hqgnn-synthetic1000.jsonl").read_text().splitlines()]
 
     first = call(1, "ptq")
     assert [(row["estimator"], row["seed"]) for row in first] == [("fp32", 0), ("fp32", 1), ("ptq", 0), ("ptq", 1)]
     second = call(1, "ptq", "gste")
     assert second[:4] == first
+    assert [row["epochs"] for row in first] == [2, 2, 0, 0]  # the teacher's, and of quantizing after training
+    assert str(tmp_path) not in json.dumps(second)
     assert {row["estimator"] for row in second[4:]} == {"fp32 tuned", "gste"}
     shown = capsys.readouterr().out
     assert "of fp32" in shown
     assert "±" in shown
-    assert (tmp_path / "recall_against_bytes.png").exists()
-    assert not [path for path in tmp_path.glob("*.ckpt") if not path.name.startswith("teacher")]
-    with pytest.raises(SystemExit, match="made with other settings"):
+    kept = tmp_path / "out/synthetic1000"
+    assert (kept / "recall_against_bytes.png").exists()
+    assert {path.name for path in kept.glob("*.ckpt")} == {"teacher-seed0.ckpt", "teacher-seed1.ckpt"}
+    with pytest.raises(SystemExit, match=r"hqgnn-synthetic1000.jsonl was made with other settings"):
+        call(2, "ptq")
+    (tmp_path / "results/hqgnn-synthetic1000.jsonl").unlink()
+    with pytest.raises(SystemExit, match="synthetic1000 was begun with other settings"):  # its teachers were
         call(2, "ptq")

@@ -82,6 +82,30 @@ def test_faiss_gives_the_same_answers_to_the_last_bit(
 @needs_faiss
 @pytest.mark.parametrize("granularity", ["table", "node"])
 @pytest.mark.parametrize("bits", BITS)
+def test_one_user_gets_what_many_get(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: int, granularity: str
+) -> None:
+    monkeypatch.setattr(refining, "SMALL", 200)  # as of many items
+    items, users = table(3000, 20, bits, granularity), vectors(24, 20)
+    best = expected(users, items, 60)[0].tolist()
+    seen = seen_by(*(own[: 5 * (user % 4)] for user, own in enumerate(best)))
+    loaded = load(tmp_path, items, "faiss", users=users, seen=seen)
+    for k, factor in ((1, 1.0), (3, 4.0), (40, 1.0), (40, 4.0), (40, None)):
+        for exclude_seen in (True, False):
+            options: Any = {"k": k, "exclude_seen": exclude_seen, "refine_factor": factor}
+            together = loaded.recommend(range(24), **options)
+            for user in range(24):
+                alone = loaded.recommend([user], **options)
+                if factor:
+                    np.testing.assert_array_equal(alone[0][0], together[0][user])
+                if factor or granularity == "table":  # unrefined, faiss picks among equals; of shards it sees less
+                    np.testing.assert_array_equal(alone[1][0], together[1][user])
+                assert not exclude_seen or not np.intersect1d(alone[0][0], best[user][: 5 * (user % 4)]).size
+
+
+@needs_faiss
+@pytest.mark.parametrize("granularity", ["table", "node"])
+@pytest.mark.parametrize("bits", BITS)
 def test_bounds_hold_what_faiss_missed(bits: int, granularity: str) -> None:
     items, queries = table(2000, 24, bits, granularity), vectors(30, 24).numpy()
     codes = packed(items)
@@ -178,6 +202,19 @@ def test_seen_items_are_left_out_of_light_and_heavy_users(tmp_path: Path, backen
         np.testing.assert_array_equal(one[0][0], found[0][place])
         np.testing.assert_array_equal(one[1][0], found[1][place])
     assert_best(loaded.recommend(order, k=10, exclude_seen=False), expected(users[order], items, 10))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_users_are_answered_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str) -> None:
+    items, users = table(500, 16, 4, "node"), vectors(11, 16)
+    seen = [list(range(user, 500, 7)) for user in range(11)]
+    loaded = load(tmp_path, items, backend, users=users, seen=seen_by(*seen))
+    order = [*range(10, -1, -1), 3, 3]
+    wanted = loaded.recommend(order, k=9)
+    assert_best(wanted, expected(users[order], items, 9, {place: seen[user] for place, user in enumerate(order)}))
+    monkeypatch.setattr(index, "USERS", 4)
+    for found, whole in zip(loaded.recommend(order, k=9), wanted, strict=True):
+        np.testing.assert_array_equal(found, whole)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -286,6 +323,7 @@ def test_numpy_searches_in_bounded_memory() -> None:
         (lambda i: i.search(np.ones((2, 9)), 3), ValueError, r"vectors must have shape \[U, 16\], got \[2, 9\]"),
         (lambda i: i.search(np.full(16, np.nan), 3), ValueError, "vectors must be finite"),
         (lambda i: i.search(np.ones(16), 3, refine_factor=0.5), ValueError, "refine_factor must be at least 1"),
+        (lambda i: i.search(np.ones(16), 3, refine_factor=np.inf), ValueError, "finite, or None, got inf"),
         (lambda i: i.rows_of(["a"]), ValueError, "the export has no user ids"),
     ],
 )

@@ -23,6 +23,16 @@ def embeddings(rows: int = 40, dim: int = 32) -> torch.Tensor:
     return torch.randn(rows, dim) * torch.logspace(-2, 1, rows)[:, None]
 
 
+@pytest.mark.parametrize("rows", [8192, 65536, 131072])
+@pytest.mark.parametrize("scale", ["table", "node"])
+def test_the_clip_of_many_rows_is_found_from_all_columns(scale: Any, rows: int) -> None:
+    x = torch.randn(rows, 64)
+    x[:, ::8] *= 0.05
+    quantizer = Quantizer(4, scale=scale)
+    quantizer.calibrate(x)
+    assert quantizer.error(x) < 0.15
+
+
 @pytest.mark.parametrize("calibration", ["mse", "minmax", "percentile"])
 @pytest.mark.parametrize("clip", ["learned", "ema"])
 @pytest.mark.parametrize("scale", SCALES)
@@ -81,7 +91,21 @@ def test_minmax_clips_nothing_and_a_percentile_little() -> None:
     x = torch.linspace(-1, 1, 2001)
     assert best_clip(x.abs(), 4, "minmax").item() == 1
     assert best_clip(x.abs(), 4, "percentile", percentile=0.9).item() == pytest.approx(0.9, abs=0.01)
-    assert best_clip(x.abs(), 4, "minmax", limit=10).item() <= 1
+    assert best_clip(x.abs(), 4, "minmax", limit=10).item() == 1  # nothing is clipped, however few are looked at
+
+
+def test_one_scale_for_all_cuts_long_rows_only_where_levels_are_few() -> None:
+    x = torch.randn(2000, 32)
+    x[:20] *= 4  # such as popular items
+    long = {}
+    for bits in (2, 4, 8):
+        quantizer = Quantizer(bits, scale="table")
+        quantizer.calibrate(x)
+        long[bits] = ((quantizer(x[:20]) - x[:20]).norm() / x[:20].norm()).item()
+    assert long[8] < 0.05 < long[4] < long[2]
+    quantizer.bits = 4  # as a schedule does
+    quantizer.calibrate(x)
+    assert quantizer.calibration == "percentile"
 
 
 @pytest.mark.parametrize("scale", SCALES)
