@@ -21,7 +21,19 @@ from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
 from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT
-from lightning_tinykg.activations.rules import ANGLE, EXACT, LINEAR, MASK, SHAPE, SIGN, Need, Rule, Side, rule_for
+from lightning_tinykg.activations.rules import (
+    ANGLE,
+    EXACT,
+    LINEAR,
+    MASK,
+    SHAPE,
+    SIGN,
+    SMOOTH,
+    Need,
+    Rule,
+    Side,
+    rule_for,
+)
 from lightning_tinykg.activations.sensitivity import Rounded
 from lightning_tinykg.activations.storages import (
     Layout,
@@ -288,6 +300,10 @@ class Keeper:
         recipe = None if self._recipes is None else self._recipes.find(tensor)
         if recipe is None or (recipe.computes and not computes):
             return None
+        # an angle is rounded by the turn, which what it is made of is not; and at 8 bits what enters a function that
+        # bends is to be as exact as 8 bits of itself
+        if rule is ANGLE or (rule is SMOOTH and least > 4 and recipe.computes):
+            least = 32
         if (cost := self._costs.of_remaking(recipe, tensor, rule, least)) is None:
             return None
         entry.codec = "recipe" if recipe.computes else "gather"

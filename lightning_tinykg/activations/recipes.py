@@ -149,7 +149,7 @@ class RecipeBook:
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An op has run: write down how to repeat it, if that can be done."""
         repeatable = REPEATABLE.get(func)
-        if repeatable is not None and type(out) is Tensor and out.nbytes >= self._min_bytes:
+        if repeatable is not None and is_plain(out) and out.nbytes >= self._min_bytes:
             described = repeatable.describe(args, kwargs)
             if described is not None:
                 self.write(repeatable, *described, out)
@@ -163,10 +163,9 @@ class RecipeBook:
             kwargs: its keyword arguments; no tensor among them.
             out: what it made.
         """
-        storage = out.untyped_storage()
-        if out.nbytes != storage.nbytes() or not out.is_contiguous():
-            return
         if not is_plain(out) or not all(is_plain(t) and not t.is_complex() for t in tensors_in(args)):
+            return
+        if out.nbytes != out.untyped_storage().nbytes() or not out.is_contiguous():
             return
         value = self._values.of(out)
         most = 0 if repeatable.table is None else max(out.nbytes, self._min_bytes)

@@ -115,12 +115,13 @@ def _table() -> dict[Any, Repeatable]:
                 if (op := getattr(owner, name, None)) is not None:
                     found[op] = Repeatable(op, name.strip("_"), carries, passes, describe, **more)
 
-    add("neg __neg__ add __add__ __radd__", LINEAR, 1)
+    add("add __add__ __radd__", LINEAR, 1)
     add("relu leaky_relu elu abs", BOUNDED, 1.5)
-    add("tanh sigmoid softplus logsigmoid sin cos", SATURATES, 1.5)
-    # a difference of what is nearly equal is all error
-    add("sub __sub__ rsub __rsub__ mul __mul__ __rmul__ div __truediv__ true_divide square", EXACT, 1)
-    add("exp gelu silu log sqrt rsqrt reciprocal where", EXACT, 1.5)
+    add("tanh sigmoid softplus logsigmoid", SATURATES, 1.5)
+    # a difference may be far smaller than what it is of, and then is all error; and so may be a sum with a negative
+    add("neg __neg__ sub __sub__ rsub __rsub__", EXACT, 1)
+    add("mul __mul__ __rmul__ div __truediv__ true_divide square", EXACT, 1)
+    add("exp gelu silu log sqrt rsqrt reciprocal sin cos where", EXACT, 1.5)  # an angle's error may be many turns
     add("eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not", EXACT, 1)
     add("__and__ __or__ __invert__ __mod__ __floordiv__", EXACT, 1)
     add("softmax log_softmax", EXACT, 3)

@@ -58,7 +58,7 @@ def _collect(values: Any, depth: int, found: list[Tensor]) -> None:
     for item in values.values() if isinstance(values, dict) else values:
         if isinstance(item, Tensor):
             found.append(item)
-        elif depth > 1 and item and isinstance(item, (list, tuple, dict)):
+        elif depth > 1 and isinstance(item, (list, tuple, dict)):
             _collect(item, depth - 1, found)
 
 
