@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from speed_kernels import OPERATIONS
 from speed_steps import WAYS
 
-COLOURS = dict(zip(WAYS, [f"C{number}" for number in (7, 2, 0, 9, 3, 4, 6, 1, 5, 8)], strict=True))
+COLOURS = {way: f"C{number % 10}" for way, number in zip(WAYS, (7, 2, 0, 9, 3, 4, 6, 1, 11, 13, 10, 5, 8), strict=True)}
 """By way, the same in each panel."""
 
 
