@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_tinykg.activations.keeping import Record
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
 from lightning_tinykg.activations.repeatable import BOUNDED, EXACT, LINEAR, SAME, SATURATES
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
@@ -64,9 +65,11 @@ class Costs:
 
     def of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int) -> Cost | None:
         """What it takes to make a tensor again; None where its own code of at least ``least`` bits is better."""
-        least = self._widths.judged(tensor, rule, least)
-        own = self.own_cost(tensor, rule, least)
-        cost = self.of_recipe(recipe, least, own, [])
+        judged = self._widths.judged(tensor, rule, least)
+        if judged != least and math.isinf(self.of_recipe(recipe, least, math.inf, []).nbytes):
+            return None
+        own = self.own_cost(tensor, rule, judged)
+        cost = self.of_recipe(recipe, judged, own, [])
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
         work = share * cost.work
         if cost.nbytes >= own or not self._is_worth(work, own - cost.nbytes, tensor.nbytes):
@@ -118,7 +121,7 @@ class Costs:
         if (tensor is not None and ingredient.free) or ingredient.value in counted:
             return _FREE
         least = least if ingredient.floating else 32
-        if ingredient.record(1 if self._widths.literal and least < 32 else least) is not None:
+        if self.kept(ingredient, least) is not None:
             return _FREE
         own = math.inf if tensor is None else self._code(ingredient.layout, tensor.itemsize, least)
         if ingredient.recipe is not None:
@@ -134,6 +137,10 @@ class Costs:
 
     def _is_worth(self, work: float, saved: float, nbytes: int) -> bool:
         return work <= min(self._worth.per_byte * saved, self._worth.passes * nbytes)
+
+    def kept(self, ingredient: Ingredient, least: int) -> Record | None:
+        """What is kept of an ingredient, if that will do: in a plan of saves, rounded to whatever that says."""
+        return ingredient.record(1 if self._widths.literal and least < 32 else least)
 
     def own_cost(self, tensor: Tensor, rule: Rule, least: int) -> int:
         """The bytes of a tensor's own code."""

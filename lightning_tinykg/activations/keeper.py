@@ -302,7 +302,7 @@ class Keeper:
             return None
         # an angle is rounded by the turn, which what it is made of is not; and at 8 bits what enters a function that
         # bends is to be as exact as 8 bits of itself
-        if rule is ANGLE or (rule is SMOOTH and least > 4 and recipe.computes):
+        if rule is ANGLE or (rule is SMOOTH and least > 4 and recipe.computes and not self.widths.literal):
             least = 32
         if (cost := self._costs.of_remaking(recipe, tensor, rule, least)) is None:
             return None
@@ -332,7 +332,7 @@ class Keeper:
         """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe."""
         tensor, layout = ingredient.tensor(), ingredient.layout
         least = least if ingredient.floating else 32
-        record = ingredient.record(least)
+        record = self._costs.kept(ingredient, least)
         if tensor is not None and ingredient.free:
             record = self._books.record(tensor, layout)
             if record.bits < 32:

@@ -76,9 +76,8 @@ class Widths:
 
     def judged(self, tensor: Tensor, rule: Rule, least: int) -> int:
         """The width that a form is chosen by: in a plan of saves one for all, or its bytes would not be as reckoned."""
-        if not self.literal or rule is EXACT or not isinstance(rule, Need) or tensor.dtype not in FLOAT_DTYPES:
-            return least
-        return 8
+        rounded = isinstance(rule, Need) and rule not in (EXACT, ANGLE) and tensor.dtype in FLOAT_DTYPES
+        return 8 if self.literal and rounded else least
 
     def raised(self, least: int) -> int:
         """The width for what asks for more than ``least``, since its error does not average out."""
