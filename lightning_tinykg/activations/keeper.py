@@ -338,10 +338,9 @@ class Keeper:
             if record.bits < 32:
                 record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
         elif record is None:
-            if self._costs.of_ingredient(ingredient, least, math.inf, []).work:  # it is made again in its turn
-                assert ingredient.recipe is not None
+            if tensor is None or self._costs.of_ingredient(ingredient, least, math.inf, []).work:
+                assert ingredient.recipe is not None  # it is made again in its turn
                 return self._follow(ingredient.recipe, least, layout, entry)
-            assert tensor is not None  # else its recipe would have been cheaper
             name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
             record = self._value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record
         if record.reference is not None:

@@ -261,3 +261,15 @@ def test_under_a_plan_what_is_gone_is_made_of_what_was_kept(table_bits: int, row
     assert a.grad is not None
     assert a.grad.isfinite().all()
     assert ledger.stored_bytes < ledger.raw_bytes
+
+
+def test_of_what_is_empty() -> None:
+    """A graph without edges of one kind: rows joined to none."""
+    a, none = table(), torch.empty(0, dtype=torch.int64)
+
+    def joined() -> Tensor:
+        h = made(a)
+        rows = torch.cat([h[none].relu() + 1.0, h[SOURCE]])
+        return weighted(torch.tanh(rows) * rows)
+
+    assert_exact(joined, [a], 32)
