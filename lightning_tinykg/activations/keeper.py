@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -126,21 +126,16 @@ class Keeper:
         if self._recipes is not None:
             self._recipes.note(func, args, kwargs, out)
 
-    def observe_dropout(self, args: tuple[Any, ...], out: Tensor) -> None:
+    def observe_dropout(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """A dropout has run, and its mask is kept: that is all it takes to repeat it."""
-        node = out.grad_fn
+        x, node = args[0] if args else kwargs.get("input"), cast(Any, out.grad_fn)
         name = "" if node is None else node_name(node)
-        if self._recipes is None or name not in ("Mul", "NativeDropout") or not isinstance(args[0], Tensor):
+        if self._recipes is None or not isinstance(x, Tensor):
             return
-        fused = name == "NativeDropout"
-        saved = (node._raw_saved_result1 if fused else node._raw_saved_other).data  # type: ignore[union-attr]
-        if not isinstance(saved, Saved) or not isinstance(saved.kept, Levels):
-            return
-        if not fused:
-            self._recipes.write(DROPOUT, (args[0], saved.kept), {}, out)
-        elif self.widths.bits < 32:
-            scale = 1 / (1 - node._saved_p)  # type: ignore[union-attr]
-            self._recipes.write(FUSED_DROPOUT, (args[0], saved.kept, scale), {}, out)
+        if name == "Mul" and isinstance(mask := _kept(node._raw_saved_other), Levels):
+            self._recipes.write(DROPOUT, (x, mask), {}, out)
+        elif name == "NativeDropout" and self.widths.bits < 32 and (mask := _kept(node._raw_saved_result1)) is not None:
+            self._recipes.write(FUSED_DROPOUT, (x, mask, 1 / (1 - node._saved_p)), {}, out)
 
     def finish(self) -> None:
         """The forward is over: leave out of the count what the user still holds, and let go of everything."""
@@ -363,3 +358,8 @@ class Keeper:
     def _next_key(self) -> int:
         self._draws += 1
         return make_key(self._key, self._draws)
+
+
+def _kept(raw: Any) -> Kept | None:
+    """What is kept of a save, if it is ours."""
+    return raw.data.kept if isinstance(raw.data, Saved) else None

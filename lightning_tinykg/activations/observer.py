@@ -111,9 +111,9 @@ class Observer(TorchFunctionMode):
             self.keeper.observe(func, args, kwargs, out)
             if self._pending:
                 self._claim(tensors_in(out), (args, kwargs), function.name)
-                if function.name in ("dropout", "dropout_") and isinstance(out, Tensor):
+                if function.name in ("dropout", "native_dropout"):
                     with _aside():
-                        self.keeper.observe_dropout(args, out)
+                        self.keeper.observe_dropout(args, kwargs, out if isinstance(out, Tensor) else out[0])
         elif self._pending and out is None:  # an assignment to an index, which changes its first argument
             self._claim(tensors_in((args, kwargs)), (args, kwargs), "")
         return out

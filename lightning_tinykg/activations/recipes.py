@@ -220,6 +220,8 @@ class RecipeBook:
             recipe = None
         free = self._values.is_users(argument, None if floating else (argument,))
         base = argument._base
+        if base is not None and base.dtype != dtype:  # seen as other elements: view_as_real
+            base = None
         find: Callable[[], Tensor | None]
         if free or (most and argument.nbytes <= most):
             find, base = _Strong(argument), None

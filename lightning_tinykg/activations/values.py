@@ -43,9 +43,9 @@ class Value:
 
     __slots__ = ("_records", "payer", "recipe", "references", "storage", "users")
 
-    def __init__(self, storage: StorageWeakRef, users: bool | None) -> None:
+    def __init__(self, storage: StorageWeakRef) -> None:
         self.storage = storage
-        self.users = users
+        self.users: bool | None = None
         self.recipe: Recipe | None = None
         self.payer: Entry | None = None
         self.references: list[Entry] = []
@@ -97,17 +97,12 @@ class Values:
         """Let go of everything."""
         self._by_storage.clear()
 
-    def of(self, tensor: Tensor, users: bool | None = None) -> Value:
-        """What is known of a plain tensor's storage.
-
-        Args:
-            tensor: the tensor.
-            users: whose it is, if it was not met before.
-        """
+    def of(self, tensor: Tensor) -> Value:
+        """What is known of a plain tensor's storage."""
         storage = tensor.untyped_storage()
         value = self._by_storage.get(storage._cdata)
         if value is None:
-            value = self._by_storage[storage._cdata] = Value(StorageWeakRef(storage), users)
+            value = self._by_storage[storage._cdata] = Value(StorageWeakRef(storage))
         return value
 
     def known(self, tensor: Tensor) -> Value | None:

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comparing import assert_exact, codecs, made, weighted
@@ -273,3 +274,55 @@ def test_of_what_is_empty() -> None:
         return weighted(torch.tanh(rows) * rows)
 
     assert_exact(joined, [a], 32)
+
+
+@pytest.mark.parametrize("bits", [32, 2])
+def test_dropouts_however_they_are_called(bits: int) -> None:
+    a = table()
+
+    def loss() -> Tensor:
+        torch.manual_seed(0)
+        rows = made(a)[SOURCE]
+        by_name = F.dropout(input=rows, p=0.3)
+        fused, _ = torch.native_dropout(rows, 0.3, True)
+        return weighted(by_name.relu() * fused) + weighted(F.dropout(fused, 0.3, training=False))
+
+    if bits == 32:
+        assert_exact(loss, [a], 32)
+    else:
+        with compress_activations(2) as ledger:
+            value = loss()
+        value.backward()
+        assert a.grad is not None
+        assert "dropout(getitem(x))" in {entry.recipe for entry in ledger}
+
+
+def test_arguments_and_results_of_other_kinds() -> None:
+    """Sparse and complex results, arrays among the arguments: no recipe, and no exception."""
+    a = table()
+
+    def loss() -> Tensor:
+        h = made(a)
+        sparse = h.relu().to_sparse()
+        doubled = (sparse + sparse).to_dense()
+        return weighted(doubled * torch.where(torch.tensor(np.eye(WIDTH)).bool()[0], h, h.exp())) + h[[0, 2]].sum()
+
+    assert_exact(loss, [a], 32)
+    with compress_activations(8):
+        h = made(a)
+        value = weighted(torch.view_as_real(torch.complex(h, h) * 2).exp()) + h[np.arange(3)].sum()
+    value.backward()
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+def test_an_angle_is_not_made_of_rounded_values(bits: int) -> None:
+    """Rounded by the turn it is a few degrees off; made of what was rounded, many turns."""
+    x = table(scale=3.0)
+
+    def function(x: Tensor) -> Tensor:
+        times = made(x)
+        return torch.cos(F.linear(times, 1000.0 * WEIGHT.detach()))[SOURCE] * times.exp()[SOURCE]
+
+    own, _ = error(function, x, bits, recompute="off")
+    again, _ = error(function, x, bits)
+    assert again < 1.25 * own + 1e-6
