@@ -190,7 +190,7 @@ class compress_activations:
             ledger=ledger,
         )
         if self.planner is not None and self.planner.is_due:
-            keeper.rounded = {}
+            keeper.forms.rounded = {}
         observer = Observer(keeper, ModuleTracker(keeper.values, self.modules, self.root))
         with ExitStack() as stack:
             stack.enter_context(observer.tracker)
@@ -221,7 +221,7 @@ class compress_activations:
         outermost = observer.tracker.outermost
         stack.__exit__(exc_type, exc, traceback)
         if self.planner is not None and exc is None:
-            if observer.keeper.rounded is not None:
+            if observer.keeper.forms.rounded is not None:
                 self._unplanned = (observer.keeper, observer.keeper.ledger)
             else:
                 self.planner.finished(observer.keeper.ledger)

@@ -104,7 +104,7 @@ class Planner:
             BudgetTooSmall: if no choice fits.
         """
         now = self.now
-        rounded = list((keeper.rounded or {}).values())
+        rounded = list((keeper.forms.rounded or {}).values())
         rounded = [tensor for tensor in rounded if 0 < tensor.record.bits < 32 and tensor.record.value is not None]
         size, group = keeper.widths.size, keeper.widths.group
         sensitive, squared = measure(loss, parameters, rounded, size, group, key)

@@ -1,0 +1,110 @@
+"""Follows recipes: decides what is made again, and keeps what that starts from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+from torch import Tensor
+
+from lightning_tinykg.activations.books import Books
+from lightning_tinykg.activations.costs import Costs
+from lightning_tinykg.activations.forms import Forms
+from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Reference, Saved
+from lightning_tinykg.activations.ledger import Entry
+from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
+from lightning_tinykg.activations.remaking import Making, Remade
+from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT
+from lightning_tinykg.activations.rules import ANGLE, SMOOTH, Rule
+from lightning_tinykg.activations.storages import Layout, node_name
+from lightning_tinykg.activations.widths import Widths
+
+
+class Follower:
+    """Follows the recipes of one forward.
+
+    Args:
+        recipes: how tensors were made.
+        costs: what it takes to make them again.
+        forms: makes the codes of what they start from.
+        books: who pays for these.
+        widths: in how many bits.
+    """
+
+    def __init__(self, recipes: RecipeBook, costs: Costs, forms: Forms, books: Books, widths: Widths) -> None:
+        self._recipes = recipes
+        self._costs = costs
+        self._forms = forms
+        self._books = books
+        self._widths = widths
+
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """An op has run: write down how to repeat it."""
+        self._recipes.note(func, args, kwargs, out)
+
+    def observe_dropout(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        """A dropout has run, and its mask is kept: that is all it takes to repeat it."""
+        x, node = args[0] if args else kwargs.get("input"), cast(Any, out.grad_fn)
+        name = "" if node is None else node_name(node)
+        if not isinstance(x, Tensor) or name not in ("Mul", "NativeDropout"):
+            return
+        fused = name == "NativeDropout"
+        saved = (node._raw_saved_result1 if fused else node._raw_saved_other).data
+        mask = saved.kept if isinstance(saved, Saved) else None
+        if fused and mask is not None and self._widths.bits < 32:
+            self._recipes.write(FUSED_DROPOUT, (x, mask, 1 / (1 - node._saved_p)), {}, out)
+        elif not fused and isinstance(mask, Levels):
+            self._recipes.write(DROPOUT, (x, mask), {}, out)
+
+    def remade(self, tensor: Tensor, rule: Rule, least: int, entry: Entry, computes: bool) -> Kept | None:
+        """How to make the tensor again, where that is the cheapest form."""
+        recipe = self._recipes.find(tensor)
+        if recipe is None or (recipe.computes and not computes):
+            return None
+        # an angle is rounded by the turn, which what it is made of is not; and at 8 bits what enters a function that
+        # bends is to be as exact as 8 bits of itself
+        if rule is ANGLE or (rule is SMOOTH and least > 4 and recipe.computes and not self._widths.literal):
+            least = 32
+        if (cost := self._costs.of_remaking(recipe, tensor, rule, least)) is None:
+            return None
+        entry.codec = "recipe" if recipe.computes else "gather"
+        entry.recipe, entry.work = recipe.text(), int(cost.work)
+        return self._follow(recipe, least, Layout.of(tensor), entry)
+
+    def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry) -> Kept:
+        """Keep all that a recipe starts from; every save of what it makes follows it together."""
+        least = self._costs.needed(recipe, least)
+        # where it is asked for what is rounded, each save follows for itself, so that its place is noted
+        making = recipe.makings.get(least) if self._forms.rounded is None else None
+        if making is None:
+            args = self._argument(recipe.args, least, entry)
+            op = recipe.repeatable.op
+            making = Making(op, args, recipe.kwargs, recipe.shape, recipe.dtype, recipe.autocast)
+            recipe.makings[least] = making
+        return Remade(making, layout)
+
+    def _argument(self, argument: Any, least: int, entry: Entry) -> Any:
+        """What is kept in an argument's place: of tensors a form, of tuples what is in them, all else itself."""
+        if isinstance(argument, tuple):
+            return tuple(self._argument(item, least, entry) for item in argument)
+        return self._ingredient(argument, least, entry) if isinstance(argument, Ingredient) else argument
+
+    def _ingredient(self, ingredient: Ingredient, least: int, entry: Entry) -> Kept:
+        """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe."""
+        tensor, layout = ingredient.tensor(), ingredient.layout
+        least = least if ingredient.floating else 32
+        record = self._costs.kept(ingredient, least)
+        if tensor is not None and ingredient.free:
+            record = self._books.record(tensor, layout)
+            if record.bits < 32:
+                record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
+        elif record is None:
+            if tensor is None or self._costs.of_ingredient(ingredient, least, math.inf, []).work:
+                assert ingredient.recipe is not None  # it is made again in its turn
+                return self._follow(ingredient.recipe, least, layout, entry)
+            name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
+            record = self._forms.value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record
+        if record.reference is not None:
+            self._books.lend(record)
+        self._forms.note_rounded(record, layout, ingredient.dtype, entry)
+        return Coded(record, layout)
