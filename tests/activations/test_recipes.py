@@ -189,16 +189,20 @@ def error(function: Callable[[Tensor], Tensor], x: Tensor, bits: int, **options:
     return sum(errors) / len(errors), ledger
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4])
 def test_a_saturated_function_is_no_worse_than_its_own_code(bits: int) -> None:
     """Of arguments that reach far beyond where tanh is flat, rounding leaves little of what is not."""
-    x = table(scale=10.0)
+    b = table(1)
+    wide = table(scale=10.0).detach()
 
-    def function(x: Tensor) -> Tensor:
-        return torch.tanh(made(x)[SOURCE] + made(x)[TARGET])
+    def function(b: Tensor) -> Tensor:
+        h = made(wide)
+        gate = torch.tanh(h[SOURCE] + h[TARGET])
+        return gate * made(b)[TARGET]
 
-    own, _ = error(function, x, bits, recompute="off")
-    again, _ = error(function, x, bits)
+    own, _ = error(function, b, bits, recompute="off")
+    again, _ = error(function, b, bits)
+    assert own > 0
     assert again < 1.25 * own
 
 
@@ -321,7 +325,7 @@ def test_an_angle_is_not_made_of_rounded_values(bits: int) -> None:
 
     def function(x: Tensor) -> Tensor:
         times = made(x)
-        return torch.cos(F.linear(times, 1000.0 * WEIGHT.detach()))[SOURCE] * times.exp()[SOURCE]
+        return torch.cos(F.linear(times[SOURCE], 1000.0 * WEIGHT.detach())) * times.square()[SOURCE]
 
     own, _ = error(function, x, bits, recompute="off")
     again, _ = error(function, x, bits)
