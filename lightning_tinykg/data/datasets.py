@@ -51,7 +51,7 @@ class StepBatches(Dataset[T]):
             rows: Row numbers, shape ``[B]``.
             rng: What it may draw from.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # a subclass says how
 
 
 class BPRBatches(StepBatches[BPRBatch]):
