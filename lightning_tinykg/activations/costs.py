@@ -117,21 +117,21 @@ class Costs:
 
     def of_ingredient(self, ingredient: Ingredient, least: int, most: float, counted: list[object]) -> Cost:
         """What one of them takes: nothing, its own code, or its own recipe."""
-        tensor = ingredient.tensor()
-        if (tensor is not None and ingredient.free) or ingredient.value in counted:
+        gone = ingredient.source() is None
+        if (ingredient.free and not gone) or ingredient.value in counted:
             return _FREE
         least = least if ingredient.floating else 32
         if self.kept(ingredient, least) is not None:
             return _FREE
-        own = math.inf if tensor is None else self._code(ingredient.layout, tensor.itemsize, least)
+        own = math.inf if gone else self._code(ingredient.layout, ingredient.dtype.itemsize, least)
         if ingredient.recipe is not None:
             mark, most = len(counted), min(own, most)
             cost = self.of_recipe(ingredient.recipe, least, most, counted)
-            gone = tensor is None  # then there is no choice, and the work is judged by what it is for
+            # if it is gone, there is no choice, and the work is judged by what it is for
             if cost.nbytes < most and (gone or self._is_worth(cost.work, own - cost.nbytes, ingredient.recipe.nbytes)):
                 return cost
             del counted[mark:]
-        if ingredient.layout.offset == 0 and tensor is not None:
+        if ingredient.layout.offset == 0 and not gone:
             counted.append(ingredient.value)
         return Cost(own, 0)
 

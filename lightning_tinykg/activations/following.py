@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any, cast
 
 from torch import Tensor
@@ -32,15 +33,11 @@ class Follower:
     """
 
     def __init__(self, recipes: RecipeBook, costs: Costs, forms: Forms, books: Books, widths: Widths) -> None:
-        self._recipes = recipes
+        self.recipes = recipes
         self._costs = costs
         self._forms = forms
         self._books = books
         self._widths = widths
-
-    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """An op has run: write down how to repeat it."""
-        self._recipes.note(func, args, kwargs, out)
 
     def observe_dropout(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """A dropout has run, and its mask is kept: that is all it takes to repeat it."""
@@ -52,13 +49,13 @@ class Follower:
         saved = (node._raw_saved_result1 if fused else node._raw_saved_other).data
         mask = saved.kept if isinstance(saved, Saved) else None
         if fused and mask is not None and self._widths.bits < 32:
-            self._recipes.write(FUSED_DROPOUT, (x, mask, 1 / (1 - node._saved_p)), {}, out)
+            self.recipes.write(FUSED_DROPOUT, (x, mask, 1 / (1 - node._saved_p)), {}, out)
         elif not fused and isinstance(mask, Levels):
-            self._recipes.write(DROPOUT, (x, mask), {}, out)
+            self.recipes.write(DROPOUT, (x, mask), {}, out)
 
     def remade(self, tensor: Tensor, rule: Rule, least: int, entry: Entry, computes: bool) -> Kept | None:
         """How to make the tensor again, where that is the cheapest form."""
-        recipe = self._recipes.find(tensor)
+        recipe = self.recipes.find(tensor)
         if recipe is None or (recipe.computes and not computes):
             return None
         # an angle is rounded by the turn, which what it is made of is not; and at 8 bits what enters a function that
@@ -75,12 +72,13 @@ class Follower:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
         least = self._costs.needed(recipe, least)
         # where it is asked for what is rounded, each save follows for itself, so that its place is noted
-        making = recipe.makings.get(least) if self._forms.rounded is None else None
+        noted = recipe.makings.get(least) if self._forms.rounded is None else None
+        making = None if noted is None else noted()
         if making is None:
             args = self._argument(recipe.args, least, entry)
             op = recipe.repeatable.op
             making = Making(op, args, recipe.kwargs, recipe.shape, recipe.dtype, recipe.autocast)
-            recipe.makings[least] = making
+            recipe.makings[least] = weakref.ref(making)
         return Remade(making, layout)
 
     def _argument(self, argument: Any, least: int, entry: Entry) -> Any:

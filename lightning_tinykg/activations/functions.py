@@ -13,6 +13,20 @@ from torch import Tensor
 from lightning_tinykg.activations.fragile import Amplified, amplified_by
 
 _BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+_ASKS = frozenset(
+    {
+        "dim", "size", "numel", "nelement", "ndimension", "stride", "storage_offset", "element_size", "is_contiguous",
+        "is_floating_point", "is_complex", "is_signed", "get_device", "untyped_storage", "data_ptr", "__len__",
+        "__hash__",
+    }
+)  # fmt: skip
+"""Names of methods that tell something of a tensor, and touch none of its elements."""
+
+_ATTRIBUTES = frozenset(
+    {"shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_sparse"}
+)
+"""Attributes that do so."""
+
 _OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 
 
@@ -22,31 +36,27 @@ class Function:
 
     Attributes:
         name: its name, as the ledger and the rules have it.
-        reads: whether it is an attribute's getter, which saves nothing.
+        asks: whether it only tells something of a tensor: its size, its dtype.
+        reads: whether it is the getter of an attribute that is a tensor, which saves nothing.
         backward: whether it runs a backward.
+        may_write: whether it changes an argument, or can be told to by position.
         in_place: whether it changes its first argument.
         inplace_at: the place of an argument ``inplace``, or None.
         renormalizes: whether it changes the table that it looks up, if told to: an embedding.
-        amplified: which of its arguments' errors it may blow up.
+        amplifies: whether it may blow up its arguments' errors.
+        amplified: which of them.
     """
 
     name: str
+    asks: bool
     reads: bool
     backward: bool
+    may_write: bool
     in_place: bool
     inplace_at: int | None
     renormalizes: bool
+    amplifies: bool
     amplified: Amplified
-
-    @property
-    def amplifies(self) -> bool:
-        """Whether there are such arguments."""
-        return self.amplified is not Amplified.NONE
-
-    @property
-    def may_write(self) -> bool:
-        """Whether it changes an argument, or can be told to by position."""
-        return self.in_place or self.renormalizes or self.inplace_at is not None
 
     def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """What a call changes: by ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``.
@@ -74,18 +84,25 @@ def function_of(func: Any) -> Function:
         (True, 3)
     """
     name = getattr(func, "__name__", "").partition(".")[0]
+    reads = name == "__get__"
     if name.startswith("__"):
         in_place = name == "__setitem__" or (name.startswith("__i") and name[3:-2] in _OPERATORS)
     else:
         in_place = name.endswith("_")
+    inplace_at = None if name.startswith("__") else _place_of_inplace(func)
+    renormalizes = name == "embedding"
+    amplified = amplified_by(name)
     return Function(
         name=getattr(func, "__name__", ""),
-        reads=name == "__get__",
+        asks=name in _ASKS or (reads and getattr(getattr(func, "__self__", None), "__name__", "") in _ATTRIBUTES),
+        reads=reads,
         backward=func in _BACKWARDS,
+        may_write=in_place or renormalizes or inplace_at is not None,
         in_place=in_place,
-        inplace_at=None if name.startswith("__") else _place_of_inplace(func),
-        renormalizes=name == "embedding",
-        amplified=amplified_by(name),
+        inplace_at=inplace_at,
+        renormalizes=renormalizes,
+        amplifies=amplified is not Amplified.NONE,
+        amplified=amplified,
     )
 
 

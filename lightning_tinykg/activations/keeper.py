@@ -116,7 +116,7 @@ class Keeper:
         if type(out) is not Tensor or not out.requires_grad:
             self.values.made(out, (args, kwargs))
         if self._follower is not None:
-            self._follower.observe(func, args, kwargs, out)
+            self._follower.recipes.note(func, args, kwargs, out)
 
     def observe_dropout(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """A dropout has run, and what it saved is kept."""

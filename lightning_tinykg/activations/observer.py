@@ -97,9 +97,11 @@ class Observer(TorchFunctionMode):
         # an op of a graph that is being traced runs, and saves, later
         if torch.compiler.is_compiling() or torch._C._is_tracing() or self._left:
             return func(*args, **kwargs)
+        function = function_of(func)
+        if function.asks:
+            return func(*args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return self._transformed(func, args, kwargs)
-        function = function_of(func)
         # saved by something that is no op: a custom function, a compiled graph (which reads attributes first)
         if self._pending and not function.reads:
             self._claim(tensors_in((args, kwargs)), None, "")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.activations.repeatable import FLOPS_PER_BYTE, REPEATABLE, SAME, Repeatable
-from lightning_tinykg.activations.storages import Layout, is_freed, is_plain, tensors_in
+from lightning_tinykg.activations.storages import Layout, is_freed, is_plain
 from lightning_tinykg.activations.values import Value, Values
 
 if TYPE_CHECKING:
@@ -56,13 +56,15 @@ class Ingredient:
     recipe: Recipe | None
     free: bool
 
+    def source(self) -> Tensor | None:
+        """The tensor, or the one that it is a view of, if it is still there and still what it was."""
+        base = self.find()
+        return None if base is None or base._version != self.version or is_freed(base) else base
+
     def tensor(self) -> Tensor | None:
         """The tensor, if it is still there and still what it was."""
-        base = self.find()
-        if base is None or base._version != self.version or is_freed(base):
-            return None
-        layout = self.layout
-        return base if self.whole else base.as_strided(layout.shape, layout.stride, layout.offset)
+        base, layout = self.source(), self.layout
+        return base if base is None or self.whole else base.as_strided(layout.shape, layout.stride, layout.offset)
 
     def record(self, least: int) -> Record | None:
         """What is kept of it, if that is exact enough."""
@@ -93,14 +95,14 @@ class Recipe:
     repeatable: Repeatable
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    ingredients: tuple[Ingredient, ...]
+    ingredients: list[Ingredient]
     value: Value
     version: int
     shape: tuple[int, ...]
     dtype: torch.dtype
     nbytes: int
     autocast: torch.dtype | None
-    makings: weakref.WeakValueDictionary[int, Making] = field(default_factory=weakref.WeakValueDictionary)
+    makings: dict[int, weakref.ref[Making]] = field(default_factory=dict)
 
     @property
     def computes(self) -> bool:
@@ -163,29 +165,33 @@ class RecipeBook:
             kwargs: its keyword arguments; no tensor among them.
             out: what it made.
         """
-        if not is_plain(out) or not all(is_plain(t) and not t.is_complex() for t in tensors_in(args)):
-            return
-        if out.nbytes != out.untyped_storage().nbytes() or not out.is_contiguous():
+        if not is_plain(out) or out.nbytes != out.untyped_storage().nbytes() or not out.is_contiguous():
             return
         value = self._values.of(out)
         most = 0 if repeatable.table is None else max(out.nbytes, self._min_bytes)
         ingredients: list[Ingredient] = []
-        made = tuple(self._argument(argument, most, ingredients) for argument in args)
+        try:
+            made = tuple([self._argument(argument, most, ingredients) for argument in args])
+        except _NoIngredient:
+            return
+        same = repeatable.carries is SAME
         for ingredient in ingredients:
             if ingredient.value is value:  # in place, or a view
                 return
             # restored with other strides, it might take another path through the kernel
-            if repeatable.carries is not SAME and not ingredient.layout.dense:
+            if not same and not ingredient.layout.dense:
                 return
         if not ingredients:  # what a context has as default may be other in the backward
             kwargs = kwargs | {"dtype": out.dtype, "device": out.device}
         device = out.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if value.users is None:
+            value.users = False  # an op has made it just now
         value.recipe = Recipe(
             repeatable,
             made,
             kwargs,
-            tuple(ingredients),
+            ingredients,
             value,
             out._version,
             out.shape,
@@ -207,18 +213,25 @@ class RecipeBook:
         self._noted = alive
 
     def _argument(self, argument: Any, most: int, ingredients: list[Ingredient]) -> Any:
-        """What stands for an argument; a tensor of up to ``most`` bytes is held until the result is gone."""
-        if isinstance(argument, tuple):
-            return tuple(self._argument(item, most, ingredients) for item in argument)
+        """What stands for an argument; a tensor of up to ``most`` bytes is held until the result is gone.
+
+        Raises:
+            _NoIngredient: if it can't be restored.
+        """
         if not isinstance(argument, Tensor):
+            if isinstance(argument, tuple):
+                return tuple([self._argument(item, most, ingredients) for item in argument])
             return argument
+        dtype = argument.dtype
+        if not is_plain(argument) or dtype.is_complex:
+            raise _NoIngredient
+        version = argument._version
         value = self._values.of(argument)
-        dtype, version = argument.dtype, argument._version
         floating = dtype.is_floating_point
         recipe = value.recipe
         if recipe is not None and recipe.version != version:
             recipe = None
-        free = self._values.is_users(argument, None if floating else (argument,))
+        free = self._values.is_users(argument, None if floating else (argument,), value)
         base = argument._base
         if base is not None and base.dtype != dtype:  # seen as other elements: view_as_real
             base = None
@@ -231,6 +244,10 @@ class RecipeBook:
         ingredient = Ingredient(find, base is None, value, version, layout, dtype, floating, recipe, free)
         ingredients.append(ingredient)
         return ingredient
+
+
+class _NoIngredient(Exception):
+    """An argument is no plain tensor: what is made of it can't be made again."""
 
 
 @dataclass(slots=True, frozen=True, eq=False)

@@ -135,17 +135,18 @@ class Values:
             if all(t.requires_grad and not is_weight(t) for t in shared):
                 self.of(tensor).users = False
 
-    def is_users(self, tensor: Tensor, given: Any) -> bool:
+    def is_users(self, tensor: Tensor, given: Any, value: Value | None = None) -> bool:
         """Whether a tensor that is about to be kept is the user's own memory, free to refer to.
 
         Args:
             tensor: a plain tensor.
             given: what the op that saves it was given: arguments, with tensors among them; None where that is not
                 known.
+            value: its storage, if that has been looked up.
         """
         if is_parameter(tensor) or ((base := tensor._base) is not None and is_parameter(base)):
             return True  # even if it was made just now: FSDP gathers its weights within the forward
-        value = self.of(tensor)
+        value = value or self.of(tensor)
         if value.users is not None:
             return value.users
         if is_weight(tensor):

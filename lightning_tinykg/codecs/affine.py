@@ -198,7 +198,7 @@ def quantize(
         zero,
         scale,
         torch.cat(exact_index) if exact_index else torch.empty(0, dtype=torch.int32, device=device),
-        torch.cat(exact_value) if exact_value else tensor.new_empty(0, group_size),
+        torch.cat(exact_value) if exact_value else torch.empty(0, group_size, dtype=tensor.dtype, device=device),
         numel,
         tensor.dtype,
         bits,
@@ -236,10 +236,13 @@ def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
             f"out must be contiguous, of shape [{code.numel}], {dtype} and on {device}, "
             f"got shape {list(out.shape)}, {out.dtype}, on {out.device}, strides {out.stride()}"
         )
-    kernels, finfo = kernels_for(device), torch.finfo(dtype)
+    kernels = kernels_for(device)
     reads = dtype in kernels.dtypes or dtype == torch.float32
     limit = code.numel if dtype in kernels.dtypes else chunk_elements(device)
     whole = code.numel // group_size
+    if dtype in kernels.dtypes and whole == code.codes.shape[0] and not code.exact_index.numel():  # at once, mostly
+        kernels.dequantize(code.codes, code.zero, code.scale, code.bits, out.view(-1, group_size))
+        return out
     ends = [*range(0, whole, max(1, limit // group_size)), whole, code.codes.shape[0]]  # the last may be a short group
     for first, last in pairwise(ends):
         if first == last:
@@ -251,6 +254,7 @@ def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
         kernels.dequantize(code.codes[part], code.zero[part], code.scale[part], code.bits, x.view(-1, group_size))
         if not direct:
             if dtype.itemsize == 2:  # rounded outward, the ends may lie beyond what a narrow dtype holds
+                finfo = torch.finfo(dtype)
                 x.clamp_(finfo.min, finfo.max)
             place.copy_(x[: place.numel()])
     if code.exact_index.numel():
