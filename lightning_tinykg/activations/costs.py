@@ -13,6 +13,7 @@ from lightning_tinykg.activations.repeatable import BOUNDED, EXACT, LINEAR, SAME
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.widths import Widths
+from lightning_tinykg.codecs.refined import REFINED_BITS
 
 
 class Worth(NamedTuple):
@@ -63,12 +64,23 @@ class Costs:
         self._widths = widths
         self._worth = RECOMPUTE[recompute]
 
-    def of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int) -> Cost | None:
-        """What it takes to make a tensor again; None where its own code of at least ``least`` bits is better."""
+    def of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int, own_least: int) -> Cost | None:
+        """What it takes to make a tensor again.
+
+        Args:
+            recipe: how.
+            tensor: the tensor.
+            rule: what its backward needs of it.
+            least: the width that what is made is to be worth.
+            own_least: the least width of its own code.
+
+        Returns:
+            The cost; None where its own code is better.
+        """
         judged = self._widths.judged(tensor, rule, least)
         if judged != least and math.isinf(self.of_recipe(recipe, least, math.inf, []).nbytes):
             return None
-        own = self.own_cost(tensor, rule, judged)
+        own = self.own_cost(tensor, rule, self._widths.judged(tensor, rule, own_least))
         cost = self.of_recipe(recipe, judged, own, [])
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
         work = share * cost.work
@@ -88,8 +100,10 @@ class Costs:
             return least
         if carries is LINEAR:
             return self._widths.raised(least)
-        # the result's range may be far smaller than the arguments': 8 bits of these may be 4 of it
-        return 8 if carries is BOUNDED or (carries is SATURATES and least <= 4) else 32
+        # the result's range may be far smaller than the arguments': 8 bits of these may be 4 of it, and 12 may be 8
+        if carries is BOUNDED or (carries is SATURATES and least <= 4):
+            return max(least, 8)
+        return max(least, REFINED_BITS) if carries is SATURATES else 32
 
     def of_recipe(self, recipe: Recipe, least: int, most: float, counted: list[object]) -> Cost:
         """What a recipe takes.
@@ -123,7 +137,9 @@ class Costs:
         least = least if ingredient.floating else 32
         if self.kept(ingredient, least) is not None:
             return _FREE
-        own = math.inf if gone else self._code(ingredient.layout, ingredient.dtype.itemsize, least)
+        own = math.inf
+        if not gone:  # a coarser code that there is would be replaced
+            own = self._code(ingredient.layout, ingredient.dtype.itemsize, least) - ingredient.coded_bytes
         if ingredient.recipe is not None:
             mark, most = len(counted), min(own, most)
             cost = self.of_recipe(ingredient.recipe, least, most, counted)

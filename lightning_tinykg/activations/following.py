@@ -19,6 +19,7 @@ from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT
 from lightning_tinykg.activations.rules import ANGLE, SMOOTH, Rule
 from lightning_tinykg.activations.storages import Layout, node_name
 from lightning_tinykg.activations.widths import Widths
+from lightning_tinykg.codecs.refined import REFINED_BITS
 
 
 class Follower:
@@ -58,11 +59,12 @@ class Follower:
         recipe = self.recipes.find(tensor)
         if recipe is None or (recipe.computes and not computes):
             return None
-        # an angle is rounded by the turn, which what it is made of is not; and at 8 bits what enters a function that
-        # bends is to be as exact as 8 bits of itself
-        if rule is ANGLE or (rule is SMOOTH and least > 4 and recipe.computes and not self._widths.literal):
+        own = least
+        if rule is ANGLE:  # it is rounded by the turn, which what it is made of is not
             least = 32
-        if (cost := self._costs.of_remaking(recipe, tensor, rule, least)) is None:
+        elif rule is SMOOTH and least > 4 and recipe.computes and not self._widths.literal:
+            least = max(least, REFINED_BITS)  # what enters a function that bends: as exact as 8 bits of itself
+        if (cost := self._costs.of_remaking(recipe, tensor, rule, least, own)) is None:
             return None
         entry.codec = "recipe" if recipe.computes else "gather"
         entry.recipe, entry.work = recipe.text(), int(cost.work)

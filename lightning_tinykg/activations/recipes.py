@@ -66,6 +66,12 @@ class Ingredient:
         base, layout = self.source(), self.layout
         return base if base is None or self.whole else base.as_strided(layout.shape, layout.stride, layout.offset)
 
+    @property
+    def coded_bytes(self) -> int:
+        """The bytes of the code that is kept of it, if one is."""
+        record = self.value.record(self.layout, self.dtype, self.version)
+        return 0 if record is None or record.value is None else record.value.nbytes
+
     def record(self, least: int) -> Record | None:
         """What is kept of it, if that is exact enough."""
         record = self.value.record(self.layout, self.dtype, self.version)
