@@ -22,7 +22,7 @@ from lightning_tinykg.bits.budget import Budget
 from lightning_tinykg.bits.plan import BitPlan, bits_now
 from lightning_tinykg.bits.schedule import WIDTHS, Schedule, check_bits
 from lightning_tinykg.codecs.noise import make_key
-from lightning_tinykg.codecs.refined import REFINED_BITS
+from lightning_tinykg.codecs.refined import LEVELS
 
 RECIPES = ("rules", "paper")
 
@@ -63,7 +63,8 @@ class compress_activations:
         bits: width of what is rounded: 1, 2, 4 or 8; 32 is the exact mode, where only lossless forms are used and
             gradients equal the uncompressed ones to the last bit. A :class:`~lightning_tinykg.bits.Schedule` counts
             the entries as steps, unless :attr:`optimizer_steps` says otherwise. A
-            :class:`~lightning_tinykg.bits.BitPlan` gives bits by module and by what was saved (``Mul.self``), also 12.
+            :class:`~lightning_tinykg.bits.BitPlan` gives bits by module and by what was saved (``Mul.self``), also 3,
+            5, 6, 7 and 12.
         budget: bytes that one step may store: a number, a text such as ``"512MiB"`` or ``"10%"``, or a fraction of the
             raw bytes. The bits are then chosen, and ``bits`` is not used: call :meth:`plan_for` with each step's loss.
         group_size: consecutive elements that share a scale and a zero point. None: 64, or 32 at 1 and 2 bits.
@@ -109,7 +110,7 @@ class compress_activations:
         if not isinstance(bits, (Schedule, BitPlan)):
             check_bits(bits)
         plan = bits if isinstance(bits, BitPlan) else BitPlan(default=bits)
-        plan.check_widths(WIDTHS if recipe == "paper" else sorted((*WIDTHS, REFINED_BITS)), "compress_activations")
+        plan.check_widths(WIDTHS if recipe == "paper" else (*LEVELS, 32), "compress_activations")
         if group_size is not None and group_size < 1:
             raise ValueError(f"group_size must be at least 1, or None, got {group_size}")
         if min_bytes < 0:

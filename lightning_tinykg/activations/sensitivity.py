@@ -109,7 +109,7 @@ def _options(
 ) -> Iterable[Option]:
     for bits in LEVELS:
         if bits >= floor:
-            near = min(bits, 4)
+            near = bits if bits in variance else 4
             nbytes = sum(size(tensor.layout, bits) for tensor in tensors)
             yield Option(bits, nbytes, variance[near] * (LEVELS[near] / LEVELS[bits]) ** 2)
     yield Option(32, sum(tensor.layout.numel * tensor.itemsize for tensor in tensors), 0.0)

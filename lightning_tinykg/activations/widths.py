@@ -14,7 +14,7 @@ from lightning_tinykg.codecs.affine import FLOAT_DTYPES
 from lightning_tinykg.codecs.packing import BITS
 from lightning_tinykg.codecs.refined import REFINED_BITS, rounded_size
 
-RAISED_BITS = {1: 4, 2: 4, 4: 8, 8: 8, REFINED_BITS: REFINED_BITS}
+RAISED_BITS = {1: 4, 2: 4, 3: 8, 4: 8, 5: 8, 6: 8, 7: 8, 8: 8, REFINED_BITS: REFINED_BITS}
 """By width: the least width of what enters a backward non-linearly, and of coefficients."""
 
 NARROW = 16

@@ -3,6 +3,9 @@
 A byte holds ``8 / bits`` codes. They are not neighbours: byte ``j`` of a row of ``n`` codes holds the codes
 ``j, j + m, j + 2m, ...`` with ``m = n * bits / 8`` (planes), so that packing and unpacking are shifts of contiguous
 slices, which every vector unit does well, and never a shuffle of neighbouring bytes.
+
+A width that does not divide a byte is cut into widths that do (6 = 4 + 2), the upper bits first: the bytes of the one,
+then those of the other.
 """
 
 from __future__ import annotations
@@ -11,11 +14,14 @@ import torch
 from torch import Tensor
 
 BITS = (1, 2, 4, 8)
-"""The widths a code can have."""
+"""The widths that divide a byte."""
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 16: (8, 8)}
+"""By width of a code: the widths that it is cut into, the upper bits first."""
 
 
 def check_bits(bits: int) -> int:
-    """Return ``bits`` if it is a width a code can have.
+    """Return ``bits`` if it is a width that divides a byte.
 
     Raises:
         ValueError: if ``bits`` is not one of 1, 2, 4, 8.
@@ -29,10 +35,10 @@ def packed_size(count: int, bits: int) -> int:
     """The bytes that ``count`` codes of ``bits`` bits take.
 
     Example:
-        >>> packed_size(64, 2), packed_size(5, 4)
-        (16, 3)
+        >>> packed_size(64, 2), packed_size(5, 4), packed_size(64, 6)
+        (16, 3, 48)
     """
-    return -(-count * bits // 8)
+    return sum(-(-count * plane // 8) for plane in PLANES.get(bits, (bits,)))
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_tinykg.codecs.affine import AffineCode, Allocate, dequantize, quantize, quantized_size
+from lightning_tinykg.codecs.affine import AffineCode, Allocate, dequantize, quantize, quantize_any, quantized_size
 from lightning_tinykg.codecs.noise import make_key
 
 REFINED_BITS = 12
 """The width: 8 bits, and 4 of the remainder."""
 
-LEVELS = {bits: 2.0**bits - 1 for bits in (1, 2, 4, 8)} | {REFINED_BITS: 255 * 7.5}
+LEVELS = {bits: 2.0**bits - 1 for bits in range(1, 9)} | {REFINED_BITS: 255 * 7.5}
 """By width: into how many steps a group's range is divided."""
 
 
@@ -62,7 +62,7 @@ def round_to(tensor: Tensor, bits: int, *, key: int, group_size: int) -> AffineC
 
     Args:
         tensor: as for :func:`~lightning_tinykg.codecs.affine.quantize`.
-        bits: 1, 2, 4, 8 or 12.
+        bits: 1 to 8, or 12.
         key: of the noise.
         group_size: elements that share a scale and a zero point.
 
@@ -79,7 +79,7 @@ def round_to(tensor: Tensor, bits: int, *, key: int, group_size: int) -> AffineC
         True
     """
     if bits != REFINED_BITS:
-        return quantize(tensor, bits, key=key, group_size=group_size)
+        return quantize_any(tensor, bits, key=key, group_size=group_size)
     coarse = quantize(tensor, 8, key=key, group_size=group_size)
     missing = dequantize(coarse).neg_().view(tensor.shape).add_(tensor)
     if coarse.exact_index.numel():  # infinity minus infinity: nothing is missing there

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from lightning_tinykg.codecs.chunks import chunk_elements
 from lightning_tinykg.codecs.kernels import kernels_for
-from lightning_tinykg.codecs.packing import packed_size
+from lightning_tinykg.codecs.packing import PLANES, packed_size
+from lightning_tinykg.codecs.planes import cut_planes
 from lightning_tinykg.codecs.uniform import nearest_codes
 
 __all__ = ["ROW_BITS", "PackedRows", "row_chunks", "rows_nbytes"]
-
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 16: (8, 8)}
-"""Widths of the planes that a code of so many bits is cut into, the upper bits first."""
 
 ROW_BITS = (*PLANES, 32)
 """The widths a row can have; 32 is the floats as they are."""
@@ -54,7 +52,7 @@ def rows_nbytes(rows: int, dim: int, bits: int, scales: int = 1) -> int:
     """
     if bits == 32:
         return rows * dim * 4
-    return rows * sum(packed_size(dim, plane) for plane in PLANES[check_row_bits(bits)]) + 8 * scales
+    return rows * packed_size(dim, check_row_bits(bits)) + 8 * scales
 
 
 def row_chunks(rows: int, dim: int, device: torch.device) -> Iterator[slice]:
@@ -198,7 +196,8 @@ class PackedRows:
             codes = nearest_codes(floats, own_scale, own_zero, self.bits)
             # NaN if any is; one bit is a comparison, which is false for NaN: then look at the values themselves
             worst = torch.maximum(worst, (floats if self.bits == 1 else codes).amax())
-            for plane, packed in zip(self.planes, _packed(codes, self.bits), strict=True):
+            whole = codes.to(torch.int32 if self.bits > 8 else torch.uint8)
+            for plane, packed in zip(self.planes, cut_planes(whole, self.bits), strict=True):
                 plane[which] = packed
         if bool(worst.isnan() | ~usable):
             raise ValueError(
@@ -315,22 +314,6 @@ class PackedRows:
 
     def __repr__(self) -> str:
         return f"PackedRows({self.rows} x {self.dim}, {self.bits} bits, {self.nbytes:,} bytes)"
-
-
-def _packed(codes: Tensor, bits: int) -> Iterator[Tensor]:
-    """Codes, whole numbers in float32 `[k, d]`, cut into planes and packed."""
-    count, dim = codes.shape
-    whole = codes.to(torch.int32 if bits > 8 else torch.uint8)
-    kernels, widths, shift = kernels_for(codes.device), PLANES[bits], bits
-    for width in widths:
-        shift -= width
-        part = (whole >> shift) & (2**width - 1) if len(widths) > 1 else whole
-        size = packed_size(dim, width)
-        row = torch.zeros(count, size * (8 // width), dtype=torch.uint8, device=codes.device)
-        row[:, :dim] = part
-        packed = row.new_empty(count, size)
-        kernels.pack(row, width, packed)
-        yield packed
 
 
 def _check_floats(x: Tensor) -> None:

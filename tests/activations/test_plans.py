@@ -138,9 +138,28 @@ def test_a_constant_plan_is_the_width() -> None:
 
 def test_widths_that_there_are_not() -> None:
     with pytest.raises(
-        ValueError, match="bits of compress_activations must be one of 1, 2, 4, 8, 12, 32, got 3 in the plan"
+        ValueError,
+        match="bits of compress_activations must be one of 1, 2, 3, 4, 5, 6, 7, 8, 12, 32, got 16 in the plan",
     ):
-        compress_activations(BitPlan({"head": 3}))
+        compress_activations(BitPlan({"head": 16}))
+    with pytest.raises(ValueError, match="bits of compress_activations must be one of 1, 2, 4, 8, 32, got 3 in the"):
+        compress_activations(BitPlan({"head": 3}), recipe="paper")
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_widths_that_do_not_divide_a_byte(bits: int) -> None:
+    """Of an exponential alone: the more bits the less error, and exactly as many bytes as bits."""
+    x = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    want = torch.autograd.grad(x.exp().sum(), x)[0]
+    errors = []
+    for width in (bits - 1, bits, bits + 1):
+        plan = BitPlan({("*", "Exp.result"): width})
+        with compress_activations(plan, recompute="off") as ledger:
+            loss = x.exp().sum()
+        errors.append(float((torch.autograd.grad(loss, x)[0] - want).norm()))
+        group = 32 if width <= 2 else 64
+        assert ledger.stored_bytes == 1000 * 64 * (width / 8 + 4 / group)
+    assert errors[0] > 1.5 * errors[1] > 2.25 * errors[2]
 
 
 def test_a_plain_loop_resumes_its_schedule() -> None:

@@ -23,7 +23,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", range(1, 9))
 def test_other_widths_are_plain_codes(bits: int) -> None:
     code = round_to(normal(1000), bits, key=1, group_size=64)
     assert isinstance(code, AffineCode)

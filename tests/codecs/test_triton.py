@@ -142,15 +142,16 @@ def odd_groups(count: int, group_size: int, dtype: torch.dtype) -> Tensor:
 def compare(x: Tensor, start: int, bits: int, metadata: torch.dtype, device: str) -> None:
     """What the kernels make of groups, as they are, is what the reference makes of their float32 copy on the CPU."""
     count, group_size = x.shape
+    packed = bits if bits in BITS else 8
     made = []
     for maker, rows in ((Reference(), x.to(torch.float32, copy=True)), (fused.Fused(), x.to(device))):
-        codes = torch.full((count, packed_size(group_size, bits)), 77, dtype=torch.uint8, device=rows.device)
+        codes = torch.full((count, packed_size(group_size, packed)), 77, dtype=torch.uint8, device=rows.device)
         zero, scale = (torch.full((count,), 7, dtype=metadata, device=rows.device) for _ in range(2))
         before = rows.clone()
         maker.quantize(rows, KEY, start, bits, codes, zero, scale)
         assert maker.name == "reference" or same_bits(rows, before)
         out = torch.empty_like(rows)
-        maker.dequantize(codes, zero, scale, bits, out)
+        maker.dequantize(codes, zero, scale, packed, out)
         if out.dtype != x.dtype:
             out = out.clamp(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max).to(x.dtype)
         made.append((codes, zero, scale, torch.where(out.isnan(), 3.0, out)))
@@ -171,6 +172,13 @@ def test_same_bits(dtype: torch.dtype, metadata: torch.dtype, device: str) -> No
             rows, _, _ = fused._shape(group_size, bits, dtype.itemsize)
             x = odd_groups(max(30, min(2 * rows, 8000 // group_size) + 3), group_size, dtype)
             compare(x, 0, bits, metadata, device)
+
+
+@on_device
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_codes_that_do_not_divide_a_byte_are_left_in_one(bits: int, device: str) -> None:
+    for group_size, dtype in ((64, torch.float32), (44, torch.bfloat16)):
+        compare(odd_groups(40, group_size, dtype), (1 << 31) - 500, bits, torch.bfloat16, device)
 
 
 @on_device

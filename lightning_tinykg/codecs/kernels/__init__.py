@@ -45,7 +45,7 @@ class Kernels(Protocol):
             x: contiguous, shape ``[groups, group_size]``; one of ``dtypes``, or float32 scratch that may be changed.
             key: key of the noise.
             start: position in the tensor of the first element, where its noise begins.
-            bits: 1, 2, 4 or 8.
+            bits: 1 to 8. Codes of a width that does not divide a byte are left in a byte each.
             codes: where to put the codes: uint8, contiguous, shape ``[groups, bytes of a group]``.
             zero: where to put the zero points: bfloat16 or float32, contiguous, shape ``[groups]``. NaN is put for a
                 group that can't be quantized; the scale of such a group is 1, its codes are 0.

@@ -34,7 +34,8 @@ class Fused:
             Reference().quantize(x.to(torch.float32, copy=True), key, start, bits, codes, zero, scale)
             return None
         zero, scale = _words(zero), _words(scale)
-        rows, columns, warps = _shape(group_size, bits, x.itemsize)
+        packed = bits if 8 % bits == 0 else 8
+        rows, columns, warps = _shape(group_size, packed, x.itemsize)
         first = 0
         while first < groups:
             block, position = divmod(start + first * group_size, _BLOCK)
@@ -54,7 +55,8 @@ class Fused:
                     *_key_words(key, block + 1),
                     GROUP=group_size,
                     BYTES=codes.shape[1],
-                    BITS=bits,
+                    BITS=packed,
+                    LEVELS=float(2**bits - 1),
                     STRADDLES=whole == 0,
                     ROWS=rows,
                     COLUMNS=columns,

@@ -61,13 +61,13 @@ def quantize(
     GROUP: tl.constexpr,
     BYTES: tl.constexpr,
     BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
     STRADDLES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Quantize ``ROWS`` groups, ``COLUMNS`` bytes of each at a time."""
     LANES: tl.constexpr = 8 // BITS
-    LEVELS: tl.constexpr = 2.0**BITS - 1
     PADDED: tl.constexpr = GROUP < LANES * BYTES or BYTES % COLUMNS != 0
     NARROW: tl.constexpr = zero_ptr.dtype.element_ty == tl.int16
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

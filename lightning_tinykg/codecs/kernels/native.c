@@ -102,9 +102,8 @@ INLINE void unpack(const uint8_t *restrict bytes, uint8_t *restrict code, int64_
 }
 
 /* Stochastic rounding of elements whose noise starts at a position. */
-INLINE void round_some(const float *restrict x, int64_t size, int bits, float zero, float scale, Key key,
+INLINE void round_some(const float *restrict x, int64_t size, int32_t top, float zero, float scale, Key key,
                        uint32_t position, uint8_t *restrict code) {
-    const int32_t top = (1 << bits) - 1;
     for (int64_t i = 0; i < size; i++) {
         const float p = (x[i] - zero) / scale; /* never below 0, and by rounding only above the top */
         const int32_t level = (int32_t)p;
@@ -114,9 +113,9 @@ INLINE void round_some(const float *restrict x, int64_t size, int bits, float ze
 }
 
 /* Returns whether the group can't be quantized. */
-INLINE int quantize_group(const float *restrict x, int64_t size, int bits, int64_t m, uint64_t key, Key block_key,
-                           uint64_t start, int wide, uint8_t *restrict code, uint8_t *restrict bytes, void *zeros,
-                           void *scales, int64_t group) {
+INLINE int quantize_group(const float *restrict x, int64_t size, int bits, int32_t most_code, int64_t m, uint64_t key,
+                          Key block_key, uint64_t start, int wide, uint8_t *restrict code, uint8_t *restrict bytes,
+                          void *zeros, void *scales, int64_t group) {
     int32_t least = INT32_MAX, most = INT32_MIN;
     for (int64_t i = 0; i < size; i++) {
         int32_t place = ordered(word_of(x[i]));
@@ -124,7 +123,7 @@ INLINE int quantize_group(const float *restrict x, int64_t size, int bits, int64
         most = place > most ? place : most;
     }
     const float low = float_of(ordered(least)) + 0.0f, high = float_of(ordered(most)); /* of two zeros, the positive */
-    const float top = (float)((1 << bits) - 1);
+    const float top = (float)most_code;
     float zero = low, scale;
     if (wide) {
         scale = (high - low) / top;
@@ -153,11 +152,12 @@ INLINE int quantize_group(const float *restrict x, int64_t size, int bits, int64
     put_metadata(scales, group, scale, wide);
     const int64_t within = (int64_t)(BLOCK - (start & (BLOCK - 1)));
     if (within >= size) {
-        round_some(x, size, bits, zero, scale, block_key, (uint32_t)(start & (BLOCK - 1)), code);
+        round_some(x, size, most_code, zero, scale, block_key, (uint32_t)(start & (BLOCK - 1)), code);
     } else
         for (int64_t i = 0; i < size; i++) {
             const uint64_t place = start + (uint64_t)i;
-            round_some(x + i, 1, bits, zero, scale, key_of(key, place / BLOCK), (uint32_t)(place & (BLOCK - 1)), code + i);
+            round_some(x + i, 1, most_code, zero, scale, key_of(key, place / BLOCK), (uint32_t)(place & (BLOCK - 1)),
+                       code + i);
         }
     for (int64_t i = size; i < m * (8 / bits); i++) code[i] = 0;
     pack(code, bytes, m, bits);
@@ -188,15 +188,17 @@ typedef struct {
 
 INLINE int64_t quantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, uint8_t *code) {
     const int64_t m = (size * bits + 7) / 8;
+    const int32_t most_code = bits == 8 ? (1 << g->bits) - 1 : (1 << bits) - 1; /* bytes may hold narrower codes */
     uint64_t block = (g->start + (uint64_t)(first * size)) / BLOCK;
     Key block_key = key_of(g->key, block);
     int64_t exact = 0;
     for (int64_t group = first; group < last; group++) {
         const uint64_t start = g->start + (uint64_t)(group * size);
         if (start / BLOCK != block) block_key = key_of(g->key, block = start / BLOCK);
-        exact += quantize_group(g->x + group * size, size, bits, m, g->key, block_key, start, g->wide, code, g->codes + group * m,
-                       g->zeros, g->scales, group);
-    }    return exact;
+        exact += quantize_group(g->x + group * size, size, bits, most_code, m, g->key, block_key, start, g->wide, code,
+                                g->codes + group * m, g->zeros, g->scales, group);
+    }
+    return exact;
 }
 
 INLINE int64_t dequantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, uint8_t *code) {
@@ -207,7 +209,8 @@ INLINE int64_t dequantize_range(const Groups *g, int64_t first, int64_t last, in
     return 0;
 }
 
-/* One copy of the code for each width, and for the sizes that groups mostly have: with both known, it is vectorized. */
+/* One copy of the code for each width, and for the sizes that groups mostly have: with both known, it is vectorized.
+ * Codes of 3, 5, 6 and 7 bits are left in bytes. */
 #define BY_SIZE(range, bits)                                     \
     switch (g->size) {                                           \
     case 16: return range(g, first, last, 16, bits, code);       \

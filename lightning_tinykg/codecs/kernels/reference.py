@@ -33,26 +33,27 @@ class Reference:
     ) -> int | None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`; ``x`` is changed."""
         count, group_size = x.shape
+        top, packed = 2**bits - 1, bits if 8 % bits == 0 else 8
         low, high = torch.aminmax(x, dim=1)
         low.add_(0.0)  # of the two zeros, the positive one
         first = x[:, 0].clone()
         constant, metadata = low == high, zero.dtype
         if metadata == torch.float32:
-            low_end, step = low, ((high - low) / (2**bits - 1)).clamp_(min=MIN_SCALE)
+            low_end, step = low, ((high - low) / top).clamp_(min=MIN_SCALE)
         else:
             low_end = _round_down(low)
-            step = _round_up(((high - low_end) / (2**bits - 1)).clamp_(min=MIN_SCALE))
+            step = _round_up(((high - low_end) / top).clamp_(min=MIN_SCALE))
         # the range may overflow where the values do not, hence the test on what would be restored;
         # rounding outward turns some NaNs into numbers
-        exact = ~torch.isfinite(low_end + step * (2**bits - 1)) | low.isnan()
+        exact = ~torch.isfinite(low_end + step * top) | low.isnan()
         x.masked_fill_(exact[:, None], 0.0)
         step = step.masked_fill(exact, 1.0)
 
-        x.sub_(low_end.masked_fill(exact, 0.0)[:, None]).div_(step[:, None]).clamp_(0, 2**bits - 1)
+        x.sub_(low_end.masked_fill(exact, 0.0)[:, None]).div_(step[:, None]).clamp_(0, top)
         level = x.floor()
         x.sub_(level)
         noise = uniform(key, start, count * group_size, x.device).view(count, group_size)
-        padded_group = codes.shape[1] * 8 // bits  # a group whose codes do not fill whole bytes is padded to do so
+        padded_group = codes.shape[1] * 8 // packed  # a group whose codes do not fill whole bytes is padded to do so
         code = torch.empty(count, padded_group, dtype=torch.uint8, device=x.device)
         if padded_group > group_size:
             code[:, group_size:] = 0
@@ -60,7 +61,7 @@ class Reference:
         code[:, :group_size].copy_(level)
         if metadata == torch.bfloat16:
             low_end, step = _spread_constants(first, constant & ~exact, low_end, step, code)
-        codes.copy_(pack_codes(code, bits))
+        codes.copy_(pack_codes(code, packed))
         zero.copy_(low_end.masked_fill(exact, math.nan))
         scale.copy_(step)
         return None
