@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -155,27 +156,47 @@ def test_rounded_as_without(bits: int, monkeypatch: pytest.MonkeyPatch, stand_in
     assert all(torch.equal(one, other) for one, other in zip(with_it, step(), strict=True))
 
 
+@pytest.mark.parametrize("lies", ["contiguous", "transposed", "expanded"])
+def test_results_lie_as_otherwise(lies: str) -> None:
+    """A sum over a gradient that lay otherwise might differ in a bit."""
+    x, seen = torch.randn(EDGES, WIDTH, requires_grad=True), []
+    gradient = {
+        "contiguous": torch.randn(EDGES, WIDTH),
+        "transposed": torch.randn(WIDTH, EDGES).t(),
+        "expanded": torch.randn(EDGES, 1).expand(-1, WIDTH),
+    }[lies]
+    for bits in (None, 32):
+        with compress_activations(bits) if bits else nullcontext():
+            hidden = 1 * x
+            out = torch.tanh(hidden)
+        hidden.register_hook(lambda given: seen.append((given.stride(), given.clone())))
+        out.backward(gradient)
+    assert seen[0][0] == seen[1][0]
+    assert torch.equal(seen[0][1], seen[1][1])
+
+
 def test_gradients_that_are_kept_are_not_written_over() -> None:
-    """Their memory is nobody's but theirs, and no more than they fill."""
-    x = torch.randn(EDGES, WIDTH, requires_grad=True)
-    big, i, seen = torch.randn(50, 3 * WIDTH, requires_grad=True), indices()[0], []
+    x, (a, b), (i, j) = torch.randn(EDGES, WIDTH, requires_grad=True), tables(), indices()
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def loss() -> Tensor:
-        hidden = scaled(x) * torch.tanh(big[i])[:, :WIDTH].contiguous()
+        hidden = scaled(x) * torch.tanh(a[i])
         hidden.register_hook(lambda gradient: seen.append((gradient, gradient.clone())))
-        return (hidden * torch.tanh(x)).square().sum() + torch.tanh(big[i]).square().sum()
+        return (hidden * torch.tanh(x) * b[j]).square().sum() + torch.tanh(a[j] * b[i]).square().sum()
 
-    want = gradients(loss, [x, big])
-    x.grad = big.grad = None
-    with compress_activations(32):
-        value = loss()
-    value.backward()
-    assert x.grad is not None
-    assert big.grad is not None
-    assert torch.equal(x.grad, want[0])
-    assert torch.equal(big.grad, want[1])
-    assert x.grad.untyped_storage().nbytes() == x.grad.nbytes
+    assert_exact(loss, [x, a, b])
     assert all(torch.equal(kept, then) for kept, then in seen)
+
+
+def test_a_gradient_takes_no_more_memory_than_it_fills() -> None:
+    """Though the factor was restored into a buffer that something larger had before."""
+    x, big = torch.randn(EDGES, WIDTH, requires_grad=True), torch.randn(50, 3 * WIDTH, requires_grad=True)
+    (a, _), (i, j) = tables(), indices()
+    with compress_activations(32):
+        loss = scaled(x * a[i]).sum() + F.silu(big[j]).sum()  # whose backward comes first
+    loss.backward()
+    assert x.grad is not None
+    assert x.grad.untyped_storage().nbytes() == x.grad.nbytes
 
 
 def test_what_others_hold_is_not_written_over() -> None:
