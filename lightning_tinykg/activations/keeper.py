@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_tinykg.activations import changes
 from lightning_tinykg.activations.books import Books
 from lightning_tinykg.activations.costs import Costs
+from lightning_tinykg.activations.deferring import is_deferrable
 from lightning_tinykg.activations.following import Follower
 from lightning_tinykg.activations.forms import Forms
 from lightning_tinykg.activations.fragile import FRAGILE
@@ -166,6 +167,8 @@ class Keeper:
             else:
                 kept = self.forms.as_in_the_paper(tensor, entry, self._min_bytes)
             saved.fill(kept)
+            if is_deferrable(tensor, where):
+                saved.defer(tensor)
             if where in FRAGILE and isinstance(kept, Coded) and kept.record.bits < 32:
                 self._fragile[storage_id(tensor)] = kept.record
         return entry

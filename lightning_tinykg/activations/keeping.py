@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_tinykg.activations.deferring import Deferred, defers
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.workspace import Workspace
@@ -167,10 +168,12 @@ class Saved:
         function: the custom function that saved it, by class name: ``CompiledFunction`` is a compiled graph.
         call: a number that all saves of one call of that function share.
         workspace: the memory that it is restored into.
+        deferred: its shape, dtype and device, if it is to be restored not before it is computed with.
     """
 
     __slots__ = (
-        "__weakref__", "attempts", "call", "exact", "function", "kept", "module", "tensor", "version", "workspace",
+        "__weakref__", "attempts", "call", "deferred", "exact", "function", "kept", "module", "tensor", "version",
+        "workspace",
     )  # fmt: skip
 
     def __init__(self, tensor: Tensor, module: str, exact: bool, workspace: Workspace) -> None:
@@ -183,6 +186,7 @@ class Saved:
         self.function = ""
         self.call = -1
         self.workspace = workspace
+        self.deferred: tuple[torch.Size, torch.dtype, torch.device] | None = None
 
     def raw(self) -> Tensor:
         """The tensor, while it is not encoded."""
@@ -193,6 +197,10 @@ class Saved:
         """Let go of the tensor for what is kept of it."""
         self.kept, self.tensor = kept, None
 
+    def defer(self, tensor: Tensor) -> None:
+        """Have it restored not before it is computed with."""
+        self.deferred = tensor.shape, tensor.dtype, tensor.device
+
     @not_compiled
     def unpack(self) -> Tensor:
         """Give autograd the tensor back, as often as it asks.
@@ -202,6 +210,8 @@ class Saved:
         """
         with torch._C.DisableTorchFunction():
             if self.kept is not None:
+                if self.deferred is not None and defers():
+                    return Deferred(self.kept, self.workspace, *self.deferred)
                 return self.kept.restore(self.workspace)
             tensor = self.raw()
             check_version(tensor, self.version, "saved for backward")

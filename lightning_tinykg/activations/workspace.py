@@ -60,7 +60,7 @@ class Workspace:
         if device.type != "cpu" or nbytes < _WORTH_BYTES:
             return torch.empty(shape, dtype=dtype, device=device)
         with self._lock:
-            free = [buffer for buffer in self._buffers if torch._C._storage_Use_Count(buffer._cdata) == 1]
+            free = self._free()
             if fitting := [buffer for buffer in free if nbytes <= buffer.nbytes() <= _MOST_TIMES * nbytes]:
                 strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
                 buffer = min(fitting, key=torch.UntypedStorage.nbytes)
@@ -71,6 +71,30 @@ class Workspace:
             tensor = torch.empty(shape, dtype=dtype)
             self._buffers.append(tensor.untyped_storage())
             return tensor
+
+    def place_for_result(self, tensor: Tensor) -> Tensor | None:
+        """Memory for what is computed from a tensor element by element: its own, or what has just its size.
+
+        It is given away for good: it is as large as the result, which may be the user's in the end, and autograd adds
+        up gradients in place only where nobody else holds them.
+
+        Returns:
+            The tensor itself, if nobody else has any of its memory; a buffer that is free; None where there is none.
+        """
+        storage, place = tensor.untyped_storage(), tensor
+        with self._lock:
+            # besides the tensor, the storage's Python object counts, which a buffer is
+            if torch._C._storage_Use_Count(storage._cdata) != 2 or storage.nbytes() != tensor.nbytes:
+                of_its_size = [buffer for buffer in self._free() if buffer.nbytes() == tensor.nbytes]
+                if not of_its_size or tensor.device.type != "cpu":
+                    return None
+                storage = of_its_size[0]
+                place = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+            self._buffers = [buffer for buffer in self._buffers if buffer._cdata != storage._cdata]
+            return place
+
+    def _free(self) -> list[torch.UntypedStorage]:
+        return [buffer for buffer in self._buffers if torch._C._storage_Use_Count(buffer._cdata) == 1]
 
     def hold(self, making: Making, made: Tensor) -> None:
         """Hold what was made until all saves of it had it.
