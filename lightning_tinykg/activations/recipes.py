@@ -188,11 +188,11 @@ class RecipeBook:
             if not same and not ingredient.layout.dense:
                 return
         if not ingredients:  # what a context has as default may be other in the backward
-            kwargs = kwargs | {"dtype": out.dtype, "device": out.device}
+            kwargs = kwargs | {"dtype": out.dtype, "device": out.device, "requires_grad": False}
         device = out.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if value.users is None:
-            value.users = False  # an op has made it just now
+        if value.users is None and out.grad_fn is not None:
+            value.users = False  # an op has made it just now; without a history it is a leaf that the user has
         value.recipe = Recipe(
             repeatable,
             made,

@@ -283,6 +283,24 @@ def test_under_a_plan_what_is_gone_is_made_of_what_was_kept(table_bits: int, row
     assert ledger.stored_bytes < ledger.raw_bytes
 
 
+def test_a_leaf_that_the_forward_makes_is_the_users() -> None:
+    """As in an inner optimization, which is differentiated: a second backward, where grad mode is on."""
+
+    def run(x: Tensor) -> Tensor:
+        y = torch.zeros(NODES, WIDTH, requires_grad=True)
+        inner = (torch.tanh(y[SOURCE] + x[TARGET]) ** 2).sum()
+        step = torch.autograd.grad(inner, y, create_graph=True)[0]
+        return (torch.tanh(y[SOURCE] - step[TARGET]) * x[SOURCE]).sum()
+
+    x = table(scale=0.3)
+    want = torch.autograd.grad(run(x), x)[0]
+    for bits in (32, 8):
+        with compress_activations(bits):
+            loss = run(x)
+        got = torch.autograd.grad(loss, x)[0]
+        assert (got - want).norm() <= (0 if bits == 32 else 0.05) * want.norm()
+
+
 def test_of_what_is_empty() -> None:
     """A graph without edges of one kind: rows joined to none."""
     a, none = table(), torch.empty(0, dtype=torch.int64)
