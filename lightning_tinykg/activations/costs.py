@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lightning_tinykg.activations.keeping import Record
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
-from lightning_tinykg.activations.repeatable import BOUNDED, EXACT, LINEAR, SAME, SATURATES
+from lightning_tinykg.activations.repeatable import BOUNDED, EXACT, LINEAR, QUOTIENT, SAME, SATURATES
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
 from lightning_tinykg.activations.storages import Layout
+from lightning_tinykg.activations.values import Value
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.codecs.refined import REFINED_BITS
 
@@ -31,6 +32,14 @@ class Worth(NamedTuple):
 RECOMPUTE = {"off": Worth(0, 0), "cheap": Worth(96, 20), "aggressive": Worth(1000, 1000)}
 """By setting: what work is done. Twenty passes are three narrow layers
 with their activations, or one that adds up two."""
+
+_Counted = list[tuple[object, int]]
+"""Recipes and storages, and the widths that they are counted at."""
+
+
+def _is_among(counted: _Counted, what: object, least: int) -> bool:
+    return any(found is what and bits >= least for found, bits in counted)
+
 
 _MOST_COUNTED = 256
 """Recipes and tensors to look at, at the most."""
@@ -63,6 +72,8 @@ class Costs:
     def __init__(self, widths: Widths, recompute: str) -> None:
         self._widths = widths
         self._worth = RECOMPUTE[recompute]
+        self._paid_for: list[Value] = []  # what the cost that is being counted would be paid for
+        self._affordable = 0
 
     def of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int, own_least: int) -> Cost | None:
         """What it takes to make a tensor again.
@@ -80,17 +91,28 @@ class Costs:
         judged = self._widths.judged(tensor, rule, least)
         if judged != least and math.isinf(self.of_recipe(recipe, least, math.inf, []).nbytes):
             return None
-        own = self.own_cost(tensor, rule, self._widths.judged(tensor, rule, own_least))
+        own_least = self._widths.judged(tensor, rule, own_least)
+        record = recipe.value.record(Layout.of(tensor), tensor.dtype, tensor._version)
+        if record is not None and record.bits >= self._exact_enough(own_least):  # it is kept already
+            return None
+        own = self.own_cost(tensor, rule, own_least)
+        self._paid_for.clear()
+        self._affordable = 2 * own
         cost = self.of_recipe(recipe, judged, own, [])
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
         work = share * cost.work
-        if cost.nbytes >= own or not self._is_worth(work, own - cost.nbytes, tensor.nbytes):
-            return None
-        return Cost(cost.nbytes, work)
+        if cost.nbytes < own and self._is_worth(work, own - cost.nbytes, tensor.nbytes):
+            return Cost(cost.nbytes, work)
+        if self._is_worth(work, own, tensor.nbytes):  # if only what it is made of were kept
+            for value in dict.fromkeys(self._paid_for):
+                value.wanted += own
+        return None
 
-    def needed(self, recipe: Recipe, least: int) -> int:
+    def needed(self, recipe: Recipe, ingredient: Ingredient, least: int) -> int:
         """The least width of what a recipe starts from, so that it makes what ``least`` bits would restore."""
         carries = recipe.repeatable.carries
+        if carries is QUOTIENT:
+            carries = LINEAR if ingredient is recipe.args[0] else EXACT
         if least == 32 or carries is SAME:
             return least
         # a product is linear in each factor alone
@@ -105,7 +127,7 @@ class Costs:
             return max(least, 8)
         return max(least, REFINED_BITS) if carries is SATURATES else 32
 
-    def of_recipe(self, recipe: Recipe, least: int, most: float, counted: list[object]) -> Cost:
+    def of_recipe(self, recipe: Recipe, least: int, most: float, counted: _Counted) -> Cost:
         """What a recipe takes.
 
         Args:
@@ -114,14 +136,13 @@ class Costs:
             most: bytes above which it is of no use.
             counted: what has been counted already, and costs nothing more; what this takes is added.
         """
-        if recipe in counted:
+        if _is_among(counted, recipe, least):
             return _FREE
         mark = len(counted)
-        counted.append(recipe)
-        least = self.needed(recipe, least)
+        counted.append((recipe, least))
         nbytes, work = 0.0, recipe.work
         for ingredient in recipe.ingredients:
-            cost = self.of_ingredient(ingredient, least, most - nbytes, counted)
+            cost = self.of_ingredient(ingredient, self.needed(recipe, ingredient, least), most - nbytes, counted)
             nbytes += cost.nbytes
             work += cost.work
             if nbytes >= most or len(counted) > _MOST_COUNTED:
@@ -129,17 +150,22 @@ class Costs:
                 return _IMPOSSIBLE
         return Cost(nbytes, work)
 
-    def of_ingredient(self, ingredient: Ingredient, least: int, most: float, counted: list[object]) -> Cost:
+    def of_ingredient(self, ingredient: Ingredient, least: int, most: float, counted: _Counted) -> Cost:
         """What one of them takes: nothing, its own code, or its own recipe."""
         gone = ingredient.source() is None
-        if (ingredient.free and not gone) or ingredient.value in counted:
-            return _FREE
         least = least if ingredient.floating else 32
+        if (ingredient.free and not gone) or _is_among(counted, ingredient.value, least):
+            return _FREE
         if self.kept(ingredient, least) is not None:
             return _FREE
         own = math.inf
         if not gone:  # a coarser code that there is would be replaced
-            own = self._code(ingredient.layout, ingredient.dtype.itemsize, least) - ingredient.coded_bytes
+            own = self._code(ingredient.layout, ingredient.dtype.itemsize, least) - self._coded(ingredient)
+            # Each relation's sums alone are not worth keeping the table they are made of, all together are. So what was
+            # kept in its stead counts for it, where it is not far larger than any of them, and little is lost if it is
+            # not asked for again.
+            if own <= self._affordable:
+                own -= min(own, ingredient.value.wanted)
         if ingredient.recipe is not None:
             mark, most = len(counted), min(own, most)
             cost = self.of_recipe(ingredient.recipe, least, most, counted)
@@ -147,8 +173,10 @@ class Costs:
             if cost.nbytes < most and (gone or self._is_worth(cost.work, own - cost.nbytes, ingredient.recipe.nbytes)):
                 return cost
             del counted[mark:]
-        if ingredient.layout.offset == 0 and not gone:
-            counted.append(ingredient.value)
+        if not gone:
+            self._paid_for.append(ingredient.value)
+            if ingredient.layout.offset == 0:
+                counted.append((ingredient.value, least))
         return Cost(own, 0)
 
     def _is_worth(self, work: float, saved: float, nbytes: int) -> bool:
@@ -156,7 +184,18 @@ class Costs:
 
     def kept(self, ingredient: Ingredient, least: int) -> Record | None:
         """What is kept of an ingredient, if that will do: in a plan of saves, rounded to whatever that says."""
-        return ingredient.record(1 if self._widths.literal and least < 32 else least)
+        return ingredient.record(self._exact_enough(least))
+
+    def _exact_enough(self, least: int) -> int:
+        return 1 if self._widths.literal and least < 32 else least
+
+    def _coded(self, ingredient: Ingredient) -> int:
+        """The bytes of the code that there is of an ingredient."""
+        record = ingredient.record(1)
+        if record is None or record.value is None:
+            return 0
+        bits = 8 if self._widths.literal and record.bits < 32 else record.bits
+        return self._code(ingredient.layout, ingredient.dtype.itemsize, bits)
 
     def own_cost(self, tensor: Tensor, rule: Rule, least: int) -> int:
         """The bytes of a tensor's own code."""

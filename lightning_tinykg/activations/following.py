@@ -72,22 +72,24 @@ class Follower:
 
     def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry) -> Kept:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
-        least = self._costs.needed(recipe, least)
+        widths = tuple([self._costs.needed(recipe, ingredient, least) for ingredient in recipe.ingredients])
         # where it is asked for what is rounded, each save follows for itself, so that its place is noted
-        noted = recipe.makings.get(least) if self._forms.rounded is None else None
+        noted = recipe.makings.get(widths) if self._forms.rounded is None else None
         making = None if noted is None else noted()
         if making is None:
-            args = self._argument(recipe.args, least, entry)
+            args = self._argument(recipe.args, recipe, least, entry)
             op = recipe.repeatable.op
             making = Making(op, args, recipe.kwargs, recipe.shape, recipe.dtype, recipe.autocast)
-            recipe.makings[least] = weakref.ref(making)
+            recipe.makings[widths] = weakref.ref(making)
         return Remade(making, layout)
 
-    def _argument(self, argument: Any, least: int, entry: Entry) -> Any:
+    def _argument(self, argument: Any, recipe: Recipe, least: int, entry: Entry) -> Any:
         """What is kept in an argument's place: of tensors a form, of tuples what is in them, all else itself."""
         if isinstance(argument, tuple):
-            return tuple(self._argument(item, least, entry) for item in argument)
-        return self._ingredient(argument, least, entry) if isinstance(argument, Ingredient) else argument
+            return tuple(self._argument(item, recipe, least, entry) for item in argument)
+        if not isinstance(argument, Ingredient):
+            return argument
+        return self._ingredient(argument, self._costs.needed(recipe, argument, least), entry)
 
     def _ingredient(self, ingredient: Ingredient, least: int, entry: Entry) -> Kept:
         """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_tinykg.activations.repeatable import FLOPS_PER_BYTE, REPEATABLE, SAME, Repeatable
+from lightning_tinykg.activations.repeatable import FLOPS_PER_BYTE, REDUCTION_PASSES, REPEATABLE, SAME, Repeatable
 from lightning_tinykg.activations.storages import Layout, is_freed, is_plain
 from lightning_tinykg.activations.values import Value, Values
 
@@ -66,12 +66,6 @@ class Ingredient:
         base, layout = self.source(), self.layout
         return base if base is None or self.whole else base.as_strided(layout.shape, layout.stride, layout.offset)
 
-    @property
-    def coded_bytes(self) -> int:
-        """The bytes of the code that is kept of it, if one is."""
-        record = self.value.record(self.layout, self.dtype, self.version)
-        return 0 if record is None or record.value is None else record.value.nbytes
-
     def record(self, least: int) -> Record | None:
         """What is kept of it, if that is exact enough."""
         record = self.value.record(self.layout, self.dtype, self.version)
@@ -95,7 +89,7 @@ class Recipe:
         dtype: the dtype of what it made.
         nbytes: the bytes of what it made.
         autocast: the dtype of the autocast that it ran under; None if it ran under none.
-        makings: by width of its ingredients: how it is made again, where a save asks for that.
+        makings: by the widths of its ingredients: how it is made again, where a save asks for that.
     """
 
     repeatable: Repeatable
@@ -108,7 +102,7 @@ class Recipe:
     dtype: torch.dtype
     nbytes: int
     autocast: torch.dtype | None
-    makings: dict[int, weakref.ref[Making]] = field(default_factory=dict)
+    makings: dict[tuple[int, ...], weakref.ref[Making]] = field(default_factory=dict)
 
     @property
     def computes(self) -> bool:
@@ -123,7 +117,9 @@ class Recipe:
         passes = self.repeatable.passes
         if self.repeatable.product:
             passes += self.ingredients[0].layout.shape[-1] / FLOPS_PER_BYTE
-        return passes * self.nbytes
+        added = self.ingredients[-1] if self.repeatable.reduces else None
+        rows = 0 if added is None else added.layout.numel * added.dtype.itemsize
+        return passes * self.nbytes + REDUCTION_PASSES * rows
 
     def text(self, depth: int = 3) -> str:
         """The ops, from tensors ``x`` that are kept (of an index: from indices ``i``); ``...`` for what is deeper."""
@@ -158,9 +154,19 @@ class RecipeBook:
         """An op has run: write down how to repeat it, if that can be done."""
         repeatable = REPEATABLE.get(func)
         if repeatable is not None and is_plain(out) and out.nbytes >= self._min_bytes:
+            if repeatable.onto_zeros and not (args and self._is_zeros(args[0], out)):
+                return
             described = repeatable.describe(args, kwargs)
             if described is not None:
                 self.write(repeatable, *described, out)
+
+    def _is_zeros(self, tensor: Any, out: Tensor) -> bool:
+        """Whether a tensor is zeros, or was before an op in place made a result of it."""
+        value = self._values.known(tensor) if is_plain(tensor) else None
+        recipe = None if value is None else value.recipe
+        if recipe is None or recipe.repeatable.op is not torch.zeros:
+            return False
+        return bool(recipe.version == tensor._version - (tensor is out))
 
     def write(self, repeatable: Repeatable, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """Write down how a tensor was made.

@@ -24,10 +24,11 @@ class Carries(Enum):
     LINEAR = "unbiased arguments give an unbiased result, with an error of the same size"
     BOUNDED = "the error is at most the arguments', and the range about theirs"
     SATURATES = "the error is at most the arguments', but the range may be far smaller"
+    QUOTIENT = "linear in the first argument, if the others are exact"
     EXACT = "the error may be of any size"
 
 
-SAME, LINEAR, BOUNDED, SATURATES, EXACT = Carries
+SAME, LINEAR, BOUNDED, SATURATES, QUOTIENT, EXACT = Carries
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -45,6 +46,8 @@ class Repeatable:
         describe: the arguments to call it with again, all tensors in positional ones; None if it can't be repeated.
         table: the position of the table that it gathers from, which is held until the result is gone.
         product: whether it is a matrix product.
+        reduces: whether it adds up the rows of its last argument, which is work as well.
+        onto_zeros: whether it writes onto its first argument, which has to be zeros that were made for it.
     """
 
     op: Callable[..., Tensor]
@@ -54,7 +57,12 @@ class Repeatable:
     describe: Callable[[tuple[Any, ...], dict[str, Any]], _Call | None]
     table: int | None = None
     product: bool = False
+    reduces: bool = False
+    onto_zeros: bool = False
 
+
+REDUCTION_PASSES = 6
+"""The work of adding up rows, in times that they are moved: on a CPU their indices are sorted first."""
 
 FLOPS_PER_BYTE = 16
 """Multiplications that take as long as moving a byte."""
@@ -106,6 +114,40 @@ def _joined(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     return None if "out" in kwargs else ((tuple(args[0]), *args[1:]), kwargs)
 
 
+def _new_zeros(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+    """Of ``x.new_zeros``; dtype and device are those of the result."""
+    sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    return None if "size" in kwargs else ((tuple(sizes),), {})
+
+
+def _zeros_like(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+    return ((tuple(args[0].shape),), {}) if len(args) == 1 else None
+
+
+def _sum_of_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+    """Of a scatter onto zeros; on a GPU only where it is asked to add up in the same order always."""
+    names = dict(zip(("input", "dim", "index", "source"), args, strict=False)) | kwargs
+    if "src" in names:
+        names["source"] = names.pop("src")
+    if names.keys() != {"input", "dim", "index", "source"} or not isinstance(names["dim"], int):
+        return None
+    if names["source"].device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
+        return None
+    return (tuple(names["input"].shape), names["dim"], names["index"], names["source"]), {}
+
+
+def _scattered(shape: tuple[int, ...], dim: int, index: Tensor, src: Tensor) -> Tensor:
+    return src.new_zeros(shape).scatter_add_(dim, index, src)
+
+
+def _index_added(shape: tuple[int, ...], dim: int, index: Tensor, source: Tensor) -> Tensor:
+    return source.new_zeros(shape).index_add_(dim, index, source)
+
+
+def _quotient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+    return None if kwargs.get("rounding_mode") is not None else _as_called(args, kwargs)
+
+
 def _table() -> dict[Any, Repeatable]:
     found: dict[Any, Repeatable] = {}
 
@@ -120,7 +162,8 @@ def _table() -> dict[Any, Repeatable]:
     add("tanh sigmoid softplus logsigmoid", SATURATES, 1.5)
     # a difference may be far smaller than what it is of, and then is all error; and so may be a sum with a negative
     add("neg __neg__ sub __sub__ rsub __rsub__", EXACT, 1)
-    add("mul __mul__ __rmul__ div __truediv__ true_divide square", EXACT, 1)
+    add("mul __mul__ __rmul__ square", EXACT, 1)
+    add("div __truediv__ true_divide", QUOTIENT, 1, _quotient)
     add("exp gelu silu log sqrt rsqrt reciprocal sin cos where", EXACT, 1.5)  # an angle's error may be many turns
     add("eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not", EXACT, 1)
     add("__and__ __or__ __invert__ __mod__ __floordiv__", EXACT, 1)
@@ -129,11 +172,17 @@ def _table() -> dict[Any, Repeatable]:
     add("cat concat stack", SAME, 1, _joined)
     add("repeat repeat_interleave", SAME, 1)
     add("arange zeros ones full", SAME, 0.5)
+    found[Tensor.new_zeros] = Repeatable(torch.zeros, "zeros", SAME, 0.5, _new_zeros)
+    found[torch.zeros_like] = Repeatable(torch.zeros, "zeros", SAME, 0.5, _zeros_like)
     add("linear", LINEAR, 1, _by_name("input", "weight", "bias"), product=True)
     add("mm matmul __matmul__ bmm", EXACT, 1, product=True)
     for gathers in (torch.index_select, Tensor.index_select):
         found[gathers] = Repeatable(torch.index_select, "index_select", SAME, 1, _index_select, table=0)
     found[Tensor.__getitem__] = Repeatable(Tensor.__getitem__, "getitem", SAME, 1, _getitem, table=0)
+    for name, op in (("scatter_add", _scattered), ("index_add", _index_added)):
+        repeatable = Repeatable(op, name, LINEAR, 1, _sum_of_rows, reduces=True, onto_zeros=True)
+        for adds in (getattr(torch, name), getattr(Tensor, name), getattr(Tensor, f"{name}_")):
+            found[adds] = repeatable
     found[functional.embedding] = Repeatable(functional.embedding, "embedding", SAME, 1, _embedding, table=1)
     return found
 

@@ -39,9 +39,10 @@ class Value:
         recipe: how it was made, if that can be repeated.
         payer: the ledger's entry that is charged for its raw bytes.
         references: the entries that refer to it; the first is charged for it.
+        wanted: bytes of the tensors that could have been made of it again, had it not been for its own.
     """
 
-    __slots__ = ("_records", "payer", "recipe", "references", "storage", "users")
+    __slots__ = ("_records", "payer", "recipe", "references", "storage", "users", "wanted")
 
     def __init__(self, storage: StorageWeakRef) -> None:
         self.storage = storage
@@ -49,6 +50,7 @@ class Value:
         self.recipe: Recipe | None = None
         self.payer: Entry | None = None
         self.references: list[Entry] = []
+        self.wanted = 0
         # weak: what no save holds any more, after a backward within the context, nobody asks for
         self._records: dict[tuple[Any, ...], ref[Record]] = {}
 
