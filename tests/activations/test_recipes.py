@@ -323,6 +323,18 @@ def test_only_sums_onto_zeros_are_made_again(sums: Callable[[Tensor], Tensor]) -
     assert codecs(ledger, "Exp.result") == {"exact"} or sums is of_changed_sums
 
 
+def test_a_quotient_is_made_of_exact_denominators() -> None:
+    """Those that are small beside others of their row would have a large error, and all of the gradient."""
+    a = table()
+    wide = (4 * table(1)).exp().detach()
+
+    def function(x: Tensor) -> Tensor:
+        h, of = made(x), made(wide)
+        return (h[SOURCE] / of[TARGET]) * h[TARGET]
+
+    assert error(function, a, 8)[0] < 0.02
+
+
 def test_a_rounded_quotient_is_no_quotient() -> None:
     """Of what is exact alone: of rounded values it would be another whole number."""
     a = table(scale=10.0)
