@@ -319,7 +319,12 @@ def of_twice_the_rows(a: Tensor) -> Tensor:
 @pytest.mark.parametrize("sums", [of_ones, of_changed_zeros, of_changed_sums, of_sums_twice, of_twice_the_rows])
 def test_only_sums_onto_zeros_are_made_again(sums: Callable[[Tensor], Tensor]) -> None:
     a = table()
-    ledger = assert_exact(lambda: weighted(sums(made(a)).exp()), [a])
+
+    def loss() -> Tensor:
+        rows = made(a)  # which is there as long as this runs
+        return weighted(sums(rows).exp())
+
+    ledger = assert_exact(loss, [a])
     assert codecs(ledger, "Exp.result") == {"exact"} or sums is of_changed_sums
 
 
@@ -380,6 +385,9 @@ def test_a_leaf_that_the_forward_makes_is_the_users() -> None:
             loss = run(x)
         got = torch.autograd.grad(loss, x)[0]
         assert (got - want).norm() <= (0 if bits == 32 else 0.05) * want.norm()
+    with compress_activations(8) as ledger:
+        (torch.zeros(NODES, WIDTH, requires_grad=True) * x).sum()
+    assert codecs(ledger, "Mul.self") == {"held"}
 
 
 def test_of_what_is_empty() -> None:
@@ -430,6 +438,13 @@ def test_arguments_and_results_of_other_kinds() -> None:
         h = made(a)
         value = weighted(torch.view_as_real(torch.complex(h, h) * 2).exp()) + h[np.arange(3)].sum()
     value.backward()
+
+    def of_a_view() -> Tensor:
+        h = made(a)
+        view = torch.view_as_real(torch.complex(h, h) * 2)
+        return weighted(view * h[..., None]) + weighted((view + 1.0).exp())
+
+    assert codecs(assert_exact(of_a_view, [a]), "Exp.result") == {"recipe"}
 
 
 @pytest.mark.parametrize("bits", [8, 2])
