@@ -37,7 +37,7 @@ class Function:
     Attributes:
         name: its name, as the ledger and the rules have it.
         asks: whether it only tells something of a tensor: its size, its dtype.
-        reads: whether it is the getter of an attribute that is a tensor, which saves nothing.
+        reads: whether it is an attribute's getter, which saves nothing.
         backward: whether it runs a backward.
         may_write: whether it changes an argument, or can be told to by position.
         in_place: whether it changes its first argument.

@@ -28,6 +28,7 @@ from lightning_tinykg.activations.rules import (
     MASK,
     SHAPE,
     SIGN,
+    WEIGHT,
     Need,
     Rule,
     Side,
@@ -41,7 +42,7 @@ from lightning_tinykg.activations.storages import (
     tensors_in,
 )
 from lightning_tinykg.activations.values import Values
-from lightning_tinykg.activations.widths import Widths
+from lightning_tinykg.activations.widths import Widths, is_narrow
 from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.bits.plan import BitPlan
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES
@@ -175,6 +176,8 @@ class Keeper:
 
     def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any, computes: bool = True) -> Kept:
         """The cheapest form that serves the rule; ``computes`` tells whether it may be computed again."""
+        if rule is WEIGHT:
+            rule = EXACT if is_narrow(tensor) and not self.widths.literal else LINEAR
         entry.need = rule.value if isinstance(rule, Need) else "side"
         if tensor.numel() == 0:
             return self.forms.exact(tensor, entry)

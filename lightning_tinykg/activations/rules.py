@@ -11,6 +11,8 @@ a ``Side``    asks on which side of a threshold an element lies       1 bit     
 ``SIGN``      multiplies by the sign                                  2 bits                     exact
 ``MASK``      multiplies by a constant, possibly a two-level mask     1 bit, or b bits           exact, or unbiased
 ``LINEAR``    is linear in it (products, matrix products)             b bits                     unbiased
+``WEIGHT``    is linear in it; of what is narrow, it is divided by    b bits, or the elements    unbiased, or exact
+              a sum of few of its elements
 ``SMOOTH``    is a smooth, non-linear function of it                  more bits                  bounded
 ``ANGLE``     is a periodic function of it                            more bits, of a turn       bounded
 ``UNKNOWN``   is nobody's knowledge: a custom function's              at least 8 bits            not known
@@ -21,6 +23,12 @@ a ``Side``    asks on which side of a threshold an element lies       1 bit     
 one path of the gradient and multiply element by element, as in ``a * (a * h)``, the square of the rounded value is what
 comes through, which exceeds the square by the variance of the rounding. So factors of several products get more bits,
 as smooth ones do (:mod:`~lightning_tinykg.activations.widths`): at 4 bits the excess is about a hundredth.
+
+What an exponential gives, or is divided, is often a weight that its sum over a neighbourhood is about to divide:
+``e = s.exp(); e / sum(e)[target]``. Rounding is off by a step of the group's range, which is as wide as the largest
+weight of any neighbourhood, and the sum of another may be far smaller than that step. So where rows are narrow, and
+hold weights, it is kept exactly: mostly that is, made again from the logits. Where they are wide a row has its own
+scale.
 
 A node that is not in the table is kept exactly if it is one of PyTorch's own, and is ``UNKNOWN`` if it is a custom
 function or a compiled graph. Whoever knows better about a custom function says so in the table:
@@ -48,13 +56,14 @@ class Need(Enum):
     SIGN = "sign"
     MASK = "mask"
     LINEAR = "linear"
+    WEIGHT = "weight"
     SMOOTH = "smooth"
     ANGLE = "angle"
     UNKNOWN = "unknown"
     EXACT = "exact"
 
 
-SHAPE, SIGN, MASK, LINEAR, SMOOTH, ANGLE, UNKNOWN, EXACT = Need
+SHAPE, SIGN, MASK, LINEAR, WEIGHT, SMOOTH, ANGLE, UNKNOWN, EXACT = Need
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ _NORM_INPUT: _Rules = {"input": SMOOTH}
 _SHAPE_ONLY: _Rules = {"self": SHAPE}
 _SMOOTH_INPUT: _Rules = {"self": SMOOTH}
 _SMOOTH_RESULT: _Rules = {"result": SMOOTH}
-_LINEAR_RESULT: _Rules = {"result": LINEAR}
+_WEIGHTS: _Rules = {"result": WEIGHT}
 
 RULES: dict[str, _Rules] = {
     # products: linear in each factor
@@ -174,11 +183,11 @@ RULES: dict[str, _Rules] = {
     "Var": _PRODUCT,
     "Std": {"self": LINEAR},
     # a quotient is linear in its numerator alone
-    "Div": {"self": LINEAR, "other": EXACT},
+    "Div": {"self": WEIGHT, "other": EXACT},
     # results whose derivative is themselves
-    "Exp": _LINEAR_RESULT,
-    "Exp2": _LINEAR_RESULT,
-    "Expm1": _LINEAR_RESULT,
+    "Exp": _WEIGHTS,
+    "Exp2": _WEIGHTS,
+    "Expm1": _WEIGHTS,
     # powers and norms
     "Pow": {"self": _power},
     "LinalgVectorNorm": {"self": _vector_norm, "result": EXACT},
@@ -253,7 +262,7 @@ def rule_for(node: Any, attribute: str) -> Rule:
         >>> import torch
         >>> x = torch.randn(3, requires_grad=True)
         >>> rule_for(x.exp().grad_fn, "result"), rule_for(x.log().grad_fn, "self")
-        (<Need.LINEAR: 'linear'>, <Need.EXACT: 'exact'>)
+        (<Need.WEIGHT: 'weight'>, <Need.EXACT: 'exact'>)
     """
     if node is None:
         return UNKNOWN

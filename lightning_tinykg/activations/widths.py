@@ -21,6 +21,11 @@ NARROW = 16
 """A tensor whose last dimension is narrower than this holds coefficients, not features."""
 
 
+def is_narrow(tensor: Tensor) -> bool:
+    """Whether a tensor has only a few elements in a row."""
+    return tensor.dim() < 2 or tensor.shape[-1] < NARROW
+
+
 class Widths:
     """The widths of one forward.
 
@@ -71,8 +76,7 @@ class Widths:
             return self.bits
         if rule is UNKNOWN:
             return 8
-        narrow = tensor.dim() < 2 or tensor.shape[-1] < NARROW
-        return self.raised(self.bits) if rule in (SMOOTH, ANGLE) or narrow else self.bits
+        return self.raised(self.bits) if rule in (SMOOTH, ANGLE) or is_narrow(tensor) else self.bits
 
     def judged(self, tensor: Tensor, rule: Rule, least: int) -> int:
         """The width that a form is chosen by: in a plan of saves one for all, or its bytes would not be as reckoned."""

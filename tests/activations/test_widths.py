@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lightning_tinykg import compress_activations
 from lightning_tinykg.activations.rules import EXACT, LINEAR, RELU, SMOOTH
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.widths import Widths
@@ -46,3 +47,23 @@ def test_equals_get_no_more_than_was_asked_for() -> None:
     for _ in range(20):
         widths.charge(MIB)
         assert widths.better(layout, 4, least=2) == 2
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize("recompute", ["off", "cheap"])
+def test_an_edge_softmax_without_its_maximum(recompute: str, bits: int) -> None:
+    """Weights of one neighbourhood are far smaller than another's: a step of the largest is many times their sum."""
+    generator = torch.Generator().manual_seed(0)
+    source, target = torch.randint(200, (2, 4000), generator=generator)
+    scores = (3 * torch.randn(200, 4, generator=generator)).requires_grad_()
+    rows = torch.randn(200, 4, 16, generator=generator)
+
+    def loss() -> torch.Tensor:
+        weights = (2 * scores)[source].add((2 * scores)[target]).exp()
+        sums = torch.zeros(200, 4).index_add(0, target, weights)
+        return ((weights / sums[target])[..., None] * rows[source] * rows[target].sign()).square().sum()
+
+    want = torch.autograd.grad(loss(), scores)[0]
+    with compress_activations(bits, recompute=recompute):
+        value = loss()
+    assert (torch.autograd.grad(value, scores)[0] - want).norm() < 0.3 * want.norm()
