@@ -54,7 +54,7 @@ def test_a_run_is_made_once(
     assert two["stored_mib"] < paper["stored_mib"] < bf16["stored_mib"] < plain["stored_mib"]
     assert checkpoint["stored_mib"] < two["stored_mib"]
     assert checkpoint["curve"] == plain["curve"]  # it makes again what it did not keep, and changes nothing
-    assert two["curve"] != plain["curve"]
+    assert paper["curve"] != plain["curve"]  # by the rules two bits are too exact here to be seen in five digits
     assert budget["mean_stored_mib"] < budget["stored_mib"]  # its first step is kept at 8 bits
 
     before = (tmp_path / "kgcn-ctr-synthetic1000.jsonl").read_text()
