@@ -46,7 +46,7 @@ class Deferred(Tensor):
 
     kept: Kept
     workspace: Workspace
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # not overridden but off
 
     @staticmethod
     def __new__(

@@ -2,7 +2,7 @@ r"""How much rounding each saved tensor costs the gradient: measured, on the gra
 
 The graph of one step holds its tensors at 8 bits. Its backward runs once as it is, and then three times for each
 tensor (or group of tensors that share a place), with that tensor alone rounded to 1, 2 and 4 bits: what the gradient of
-the parameters moves by is what that costs. Beyond, the variance falls with the square of the number of levels,
+the parameters moves by is what that costs. Elsewhere the variance falls with the square of the number of levels,
 :math:`\mathrm{Var}(b) = C / (2^b - 1)^2` (ActNN, Chen et al., ICML 2021). No forward is repeated, and nothing is kept
 longer than the step.
 """

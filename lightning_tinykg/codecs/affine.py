@@ -1,4 +1,4 @@
-r"""The stochastic-rounding group quantizer: INT8, INT4, INT2, INT1.
+r"""The stochastic-rounding group quantizer: 8 to 1 bits.
 
 The quantizer of TinyKG (arXiv 2212.04540), by groups instead of rows: a group of consecutive elements shares a zero
 point ``z`` and a scale ``s``; an element ``x`` becomes the code
@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.codecs.chunks import chunk_elements, iterate_groups
+from lightning_tinykg.codecs.exact_groups import constants_beyond_float32, keep_exact, restore_exact
 from lightning_tinykg.codecs.kernels import kernels_for
-from lightning_tinykg.codecs.packing import BITS, check_bits, packed_size
+from lightning_tinykg.codecs.packing import BITS, packed_size
 from lightning_tinykg.codecs.planes import pack_planes, unpack_planes
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -51,7 +52,7 @@ class AffineCode:
         exact_value: the elements of these groups in the tensor's own dtype, shape ``[k, group_size]``.
         numel: elements of the tensor.
         dtype: dtype of the tensor.
-        bits: 1, 2, 4 or 8.
+        bits: 1 to 8.
         group_size: elements of a group.
     """
 
@@ -138,11 +139,11 @@ def quantize(
     """Quantize a tensor with stochastic rounding.
 
     It works in chunks: besides the code itself, it needs at most a quarter of the tensor's memory (or half a MiB
-    where that is more).
+    where that is more); at 3, 5, 6 and 7 bits as much again, since each code is a byte until it is cut into planes.
 
     Args:
         tensor: float32, float16, bfloat16 or float64, any shape and strides; read in logical (row-major) order.
-        bits: 1, 2, 4 or 8.
+        bits: 1 to 8.
         key: 64 bits of key for the noise, from :func:`~lightning_tinykg.codecs.noise.make_key`.
         group_size: elements that share a scale and a zero point.
         metadata: dtype of scale and zero point: bfloat16, or float32 as in the paper.
@@ -159,42 +160,7 @@ def quantize(
         >>> code.nbytes < x.nbytes / 3, bool((dequantize(code) - x).abs().max() < 2e-3)
         (True, True)
     """
-    check_bits(bits)
-    return quantize_any(tensor, bits, key=key, group_size=group_size, metadata=metadata)
-
-
-def quantize_any(
-    tensor: Tensor,
-    bits: int,
-    *,
-    key: int,
-    group_size: int = 64,
-    metadata: torch.dtype = torch.bfloat16,
-) -> AffineCode:
-    """:func:`quantize`, to 3, 5, 6 and 7 bits too, whose codes are cut into planes.
-
-    These take another quarter of the tensor's memory meanwhile, in which each code is a byte.
-
-    Args:
-        tensor: as for :func:`quantize`, as are all others but ``bits``.
-        bits: 1 to 8.
-        key: of the noise.
-        group_size: elements that share a scale and a zero point.
-        metadata: dtype of scale and zero point.
-
-    Returns:
-        The code.
-
-    Raises:
-        ValueError: if an argument can't be used.
-
-    Example:
-        >>> x = torch.randn(1000)
-        >>> error = {bits: float((dequantize(quantize_any(x, bits, key=0)) - x).square().mean()) for bits in (4, 6, 8)}
-        >>> error[4] > 10 * error[6] > 100 * error[8]
-        True
-    """
-    if bits not in range(1, 9):
+    if type(bits) is not int or not 1 <= bits <= 8:
         raise ValueError(f"bits must be one of 1 to 8, got {bits!r}")
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"tensor must be one of {FLOAT_DTYPES}, got {tensor.dtype}")
@@ -203,7 +169,7 @@ def quantize_any(
     if metadata not in (torch.bfloat16, torch.float32):
         raise ValueError(f"metadata must be torch.bfloat16 or torch.float32, got {metadata}")
     device, numel = tensor.device, tensor.numel()
-    if torch.compiler.is_compiling() and bits in BITS:
+    if torch.compiler.is_compiling():
         signed = key - (1 << 64) if key >= 1 << 63 else key
         codes, zero, scale, index, value = torch.ops.tinykg.quantize(tensor, bits, signed, group_size, metadata)
         return AffineCode(codes, zero, scale, index, value, numel, tensor.dtype, bits, group_size)
@@ -220,7 +186,7 @@ def quantize_any(
         parts = (
             (codes, zero, scale) if count == groups else tuple(t[first : first + count] for t in (codes, zero, scale))
         )
-        beyond = _constants_beyond_float32(chunk, rows) if chunk.dtype == torch.float64 else None
+        beyond = constants_beyond_float32(chunk, rows) if chunk.dtype == torch.float64 else None
         place = parts[0] if whole_bytes else torch.empty(rows.shape, dtype=torch.uint8, device=device)
         exact = kernels.quantize(rows, key, start, bits, place, *parts[1:])  # which may use the rows as scratch
         if not whole_bytes:
@@ -231,7 +197,7 @@ def quantize_any(
             parts[2].masked_fill_(beyond, 1.0)
         elif exact == 0:
             continue
-        _keep_exact(parts[1].isnan(), chunk, group_size, first, exact_index, exact_value)
+        keep_exact(parts[1].isnan(), chunk, group_size, first, exact_index, exact_value)
 
     return AffineCode(
         codes,
@@ -300,52 +266,5 @@ def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
                 x.clamp_(finfo.min, finfo.max)
             place.copy_(x[: place.numel()])
     if code.exact_index.numel():
-        _restore_exact(out, code, whole)
+        restore_exact(out, code.exact_index, code.exact_value, code.codes.shape[0])
     return out
-
-
-def _restore_exact(out: Tensor, code: AffineCode, whole: int) -> None:
-    """Put the groups that were kept as they are back in their places; the last may be short."""
-    index, size = code.exact_index.long(), code.group_size
-    rows = out[: whole * size].view(whole, size)
-    if whole == code.codes.shape[0]:
-        rows.index_copy_(0, index, code.exact_value)
-        return
-    place = index[:, None] * size + torch.arange(size, device=index.device)
-    # what is beyond the end is written where the group's first element is, with that element
-    inside = place < code.numel
-    place, value = (
-        torch.where(inside, place, place[:, :1]),
-        torch.where(inside, code.exact_value, code.exact_value[:, :1]),
-    )
-    out.index_copy_(0, place.view(-1), value.reshape(-1))
-
-
-def _constants_beyond_float32(chunk: Tensor, rows: Tensor) -> Tensor:
-    """Which groups of float64 are constant in float32, but are not what float32 holds: bool, shape ``[groups]``."""
-    low, high = torch.aminmax(rows, dim=1)
-    return (low == high) & (chunk.reshape(-1)[:: rows.shape[1]] != low)
-
-
-def _keep_exact(
-    exact: Tensor, chunk: Tensor, group_size: int, first: int, index: list[Tensor], value: list[Tensor]
-) -> None:
-    """Put the groups that can't be quantized aside.
-
-    On the CPU there are as many places as such groups. A GPU can't be asked how many without waiting for it: there
-    are ``1 + groups / 1024`` places, unused ones hold group 0, and groups beyond them restore as NaN, which is loud.
-    """
-    if exact.device.type == "cpu":
-        which = exact.nonzero().view(-1)
-        if not which.numel():
-            return
-    else:
-        which = torch.nonzero_static(exact, size=1 + exact.numel() // 1024, fill_value=0).view(-1)
-    place = which[:, None] * group_size + torch.arange(group_size, device=which.device)
-    inside = place < chunk.numel()
-    if chunk.is_contiguous():
-        rows = chunk.view(-1)[place.clamp_(max=chunk.numel() - 1)]
-    else:  # row-major places to indices, so that nothing but these groups is copied
-        rows = chunk[torch.unravel_index(place.clamp_(max=chunk.numel() - 1), chunk.shape)]
-    index.append((which + first).to(torch.int32))
-    value.append(rows.masked_fill_(~inside, 0))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_tinykg.codecs.affine import AffineCode, Allocate, dequantize, quantize, quantize_any, quantized_size
+from lightning_tinykg.codecs.affine import AffineCode, Allocate, dequantize, quantize, quantized_size
 from lightning_tinykg.codecs.noise import make_key
 
 REFINED_BITS = 12
@@ -79,7 +79,7 @@ def round_to(tensor: Tensor, bits: int, *, key: int, group_size: int) -> AffineC
         True
     """
     if bits != REFINED_BITS:
-        return quantize_any(tensor, bits, key=key, group_size=group_size)
+        return quantize(tensor, bits, key=key, group_size=group_size)
     coarse = quantize(tensor, 8, key=key, group_size=group_size)
     missing = dequantize(coarse).neg_().view(tensor.shape).add_(tensor)
     if coarse.exact_index.numel():  # infinity minus infinity: nothing is missing there

@@ -369,6 +369,19 @@ def test_the_sums_of_all_relations_are_made_of_one_table(bits: int) -> None:
     assert stored("cheap") < 0.55 * stored("off")
 
 
+def test_a_table_that_is_needed_at_two_widths_counts_at_the_larger() -> None:
+    """12 bits of it are less than the rows' own code, and its elements, which a difference needs, are more."""
+    a, pairs = table(), 2 * NODES
+
+    def stored(recompute: str) -> int:
+        with compress_activations(8, recompute=recompute) as ledger:
+            h = made(a)
+            weighted(torch.tanh(h[SOURCE[:pairs]] + (-h[TARGET[:pairs]])))
+        return ledger.stored_bytes
+
+    assert stored("cheap") <= stored("off")
+
+
 def test_a_leaf_that_the_forward_makes_is_the_users() -> None:
     """As in an inner optimization, which is differentiated: a second backward, where grad mode is on."""
 

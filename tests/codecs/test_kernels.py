@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_tinykg.codecs import dequantize, quantize
-from lightning_tinykg.codecs.affine import quantize_any
 from lightning_tinykg.codecs.cuts import Cut
 from lightning_tinykg.codecs.kernels import kernels_for, native, use
 from lightning_tinykg.codecs.lossless import encode_bool, encode_levels, encode_signs, encode_two_levels
@@ -46,7 +45,7 @@ def same(x: Tensor, bits: int, group_size: int, metadata: torch.dtype, key: int 
     found = []
     for name in ("native", "reference"):
         with use(name):
-            code = quantize_any(x, bits, key=key, group_size=group_size, metadata=metadata)
+            code = quantize(x, bits, key=key, group_size=group_size, metadata=metadata)
             tensors = (code.codes, code.zero, code.scale, code.exact_index, code.exact_value, dequantize(code))
             found.append([as_bytes(tensor) for tensor in tensors])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
