@@ -33,12 +33,32 @@ RECOMPUTE = {"off": Worth(0, 0), "cheap": Worth(96, 20), "aggressive": Worth(100
 """By setting: what work is done. Twenty passes are three narrow layers
 with their activations, or one that adds up two."""
 
-_Counted = list[tuple[object, int]]
-"""Recipes and storages, and the widths that they are counted at."""
 
+class _Counted:
+    """Recipes and storages that are counted already, each at the largest width so far.
 
-def _is_among(counted: _Counted, what: object, least: int) -> bool:
-    return any(found is what and bits >= least for found, bits in counted)
+    Attributes:
+        widths: the widths.
+        before: what was counted, one after the other, and the width that it was counted at until then.
+    """
+
+    __slots__ = ("before", "widths")
+
+    def __init__(self) -> None:
+        self.widths: dict[object, int] = {}
+        self.before: list[tuple[object, int]] = []
+
+    def add(self, what: object, least: int) -> None:
+        """Count it at this width."""
+        until_now = self.widths.get(what, 0)
+        self.before.append((what, until_now))
+        self.widths[what] = max(least, until_now)
+
+    def undo(self, mark: int) -> None:
+        """Count only the first ``mark`` of them."""
+        while len(self.before) > mark:
+            what, bits = self.before.pop()
+            self.widths[what] = bits
 
 
 _MOST_COUNTED = 256
@@ -89,7 +109,7 @@ class Costs:
             The cost; None where its own code is better.
         """
         judged = self._widths.judged(tensor, rule, least)
-        if judged != least and math.isinf(self.of_recipe(recipe, least, math.inf, []).nbytes):
+        if judged != least and math.isinf(self.of_recipe(recipe, least, math.inf).nbytes):
             return None
         own_least = self._widths.judged(tensor, rule, own_least)
         record = recipe.value.record(Layout.of(tensor), tensor.dtype, tensor._version)
@@ -98,7 +118,7 @@ class Costs:
         own = self.own_cost(tensor, rule, own_least)
         self._paid_for.clear()
         self._affordable = 2 * own
-        cost = self.of_recipe(recipe, judged, own, [])
+        cost = self.of_recipe(recipe, judged, own)
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
         work = share * cost.work
         if cost.nbytes < own and self._is_worth(work, own - cost.nbytes, tensor.nbytes):
@@ -111,10 +131,10 @@ class Costs:
     def needed(self, recipe: Recipe, ingredient: Ingredient, least: int) -> int:
         """The least width of what a recipe starts from, so that it makes what ``least`` bits would restore."""
         carries = recipe.repeatable.carries
-        if carries is QUOTIENT:
-            carries = LINEAR if ingredient is recipe.args[0] else EXACT
         if least == 32 or carries is SAME:
             return least
+        if carries is QUOTIENT:
+            carries = LINEAR if ingredient is recipe.args[0] else EXACT
         # a product is linear in each factor alone
         if recipe.repeatable.product and any(i.free for i in recipe.ingredients):
             carries = LINEAR
@@ -127,7 +147,7 @@ class Costs:
             return max(least, 8)
         return max(least, REFINED_BITS) if carries is SATURATES else 32
 
-    def of_recipe(self, recipe: Recipe, least: int, most: float, counted: _Counted) -> Cost:
+    def of_recipe(self, recipe: Recipe, least: int, most: float, counted: _Counted | None = None) -> Cost:
         """What a recipe takes.
 
         Args:
@@ -136,27 +156,29 @@ class Costs:
             most: bytes above which it is of no use.
             counted: what has been counted already, and costs nothing more; what this takes is added.
         """
-        if _is_among(counted, recipe, least):
+        counted = counted or _Counted()
+        if counted.widths.get(recipe, 0) >= least:
             return _FREE
-        mark = len(counted)
-        counted.append((recipe, least))
+        mark = len(counted.before)
+        counted.add(recipe, least)
         nbytes, work = 0.0, recipe.work
         for ingredient in recipe.ingredients:
             cost = self.of_ingredient(ingredient, self.needed(recipe, ingredient, least), most - nbytes, counted)
             nbytes += cost.nbytes
             work += cost.work
-            if nbytes >= most or len(counted) > _MOST_COUNTED:
-                del counted[mark:]
+            if nbytes >= most or len(counted.before) > _MOST_COUNTED:
+                counted.undo(mark)
                 return _IMPOSSIBLE
         return Cost(nbytes, work)
 
-    def of_ingredient(self, ingredient: Ingredient, least: int, most: float, counted: _Counted) -> Cost:
+    def of_ingredient(self, ingredient: Ingredient, least: int, most: float, counted: _Counted | None = None) -> Cost:
         """What one of them takes: nothing, its own code, or its own recipe."""
-        gone = ingredient.source() is None
+        counted = counted or _Counted()
         least = least if ingredient.floating else 32
-        if (ingredient.free and not gone) or _is_among(counted, ingredient.value, least):
+        if counted.widths.get(ingredient.value, 0) >= least or self.kept(ingredient, least) is not None:
             return _FREE
-        if self.kept(ingredient, least) is not None:
+        gone = ingredient.source() is None
+        if ingredient.free and not gone:
             return _FREE
         own = math.inf
         if not gone:  # a coarser code that there is would be replaced
@@ -166,17 +188,18 @@ class Costs:
             # not asked for again.
             if own <= self._affordable:
                 own -= min(own, ingredient.value.wanted)
-        if ingredient.recipe is not None:
-            mark, most = len(counted), min(own, most)
-            cost = self.of_recipe(ingredient.recipe, least, most, counted)
-            # if it is gone, there is no choice, and the work is judged by what it is for
-            if cost.nbytes < most and (gone or self._is_worth(cost.work, own - cost.nbytes, ingredient.recipe.nbytes)):
+        recipe, most = ingredient.recipe, min(own, most)
+        # if it is gone, there is no choice, and the work is judged by what it is for
+        if recipe is not None and most > 0 and (gone or self._is_worth(recipe.work, own, recipe.nbytes)):
+            mark = len(counted.before)
+            cost = self.of_recipe(recipe, least, most, counted)
+            if cost.nbytes < most and (gone or self._is_worth(cost.work, own - cost.nbytes, recipe.nbytes)):
                 return cost
-            del counted[mark:]
+            counted.undo(mark)
         if not gone:
             self._paid_for.append(ingredient.value)
             if ingredient.layout.offset == 0:
-                counted.append((ingredient.value, least))
+                counted.add(ingredient.value, least)
         return Cost(own, 0)
 
     def _is_worth(self, work: float, saved: float, nbytes: int) -> bool:

@@ -101,7 +101,7 @@ class Follower:
             if record.bits < 32:
                 record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
         elif record is None:
-            if tensor is None or self._costs.of_ingredient(ingredient, least, math.inf, []).work:
+            if tensor is None or self._costs.of_ingredient(ingredient, least, math.inf).work:
                 assert ingredient.recipe is not None  # it is made again in its turn
                 return self._follow(ingredient.recipe, least, layout, entry)
             name = f"{entry.op} {'from' if ingredient.floating else 'index'}"

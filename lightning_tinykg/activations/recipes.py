@@ -90,6 +90,8 @@ class Recipe:
         nbytes: the bytes of what it made.
         autocast: the dtype of the autocast that it ran under; None if it ran under none.
         makings: by the widths of its ingredients: how it is made again, where a save asks for that.
+        work: the bytes that are moved to run the op again, or the time of a matrix product in these.
+        computes: whether it, or what it starts from, is more than a gather.
     """
 
     repeatable: Repeatable
@@ -103,23 +105,18 @@ class Recipe:
     nbytes: int
     autocast: torch.dtype | None
     makings: dict[tuple[int, ...], weakref.ref[Making]] = field(default_factory=dict)
+    work: float = field(init=False)
+    computes: bool = field(init=False)
 
-    @property
-    def computes(self) -> bool:
-        """Whether it, or what it starts from, is more than a gather."""
-        return self.repeatable.carries is not SAME or any(
-            i.recipe is not None and i.recipe.computes for i in self.ingredients
-        )
-
-    @property
-    def work(self) -> float:
-        """The bytes that are moved to run the op again, or the time of a matrix product in these."""
+    def __post_init__(self) -> None:
         passes = self.repeatable.passes
         if self.repeatable.product:
             passes += self.ingredients[0].layout.shape[-1] / FLOPS_PER_BYTE
         added = self.ingredients[-1] if self.repeatable.reduces else None
         rows = 0 if added is None else added.layout.numel * added.dtype.itemsize
-        return passes * self.nbytes + REDUCTION_PASSES * rows
+        self.work = passes * self.nbytes + REDUCTION_PASSES * rows
+        made = [i.recipe for i in self.ingredients if i.recipe is not None]
+        self.computes = self.repeatable.carries is not SAME or any(recipe.computes for recipe in made)
 
     def text(self, depth: int = 3) -> str:
         """The ops, from tensors ``x`` that are kept (of an index: from indices ``i``); ``...`` for what is deeper."""

@@ -156,7 +156,7 @@ def is_users_weight(tensor: Tensor) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
     """How a tensor lies on the flat run of elements that is kept for it.
 
@@ -200,7 +200,7 @@ class Layout:
             run *= size
         return cls(shape, stride, offset, 0 if 0 in shape else run, dense)
 
-    @lru_cache(maxsize=1024)  # noqa: B019  # layouts are values, and equal ones are one
+    @lru_cache(maxsize=1024)  # noqa: B019  # those of one geometry are one object
     def group(self, limit: int) -> int:
         """A group size of at most ``limit`` that fits the rows, so that no group straddles two of them.
 

@@ -14,6 +14,7 @@ device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -87,6 +88,7 @@ def round_to(tensor: Tensor, bits: int, *, key: int, group_size: int) -> AffineC
     return RefinedCode(coarse, quantize(missing, 4, key=make_key(key, 1), group_size=group_size))
 
 
+@lru_cache(maxsize=4096)
 def rounded_size(numel: int, bits: int, group_size: int) -> int:
     """The bytes of what :func:`round_to` returns, were no group of it kept exactly.
 
