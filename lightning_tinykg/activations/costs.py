@@ -9,11 +9,20 @@ from torch import Tensor
 
 from lightning_tinykg.activations.keeping import Record
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
-from lightning_tinykg.activations.repeatable import BOUNDED, EXACT, LINEAR, QUOTIENT, SAME, SATURATES
+from lightning_tinykg.activations.repeatable import (
+    BOUNDED,
+    EXACT,
+    LINEAR,
+    PRODUCT,
+    QUOTIENT,
+    ROWS,
+    SAME,
+    SATURATES,
+)
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.values import Value
-from lightning_tinykg.activations.widths import Widths
+from lightning_tinykg.activations.widths import NARROW, Widths
 from lightning_tinykg.codecs.refined import REFINED_BITS
 
 
@@ -133,11 +142,19 @@ class Costs:
         carries = recipe.repeatable.carries
         if least == 32 or carries is SAME:
             return least
+        first = ingredient is recipe.args[0]
         if carries is QUOTIENT:
-            carries = LINEAR if ingredient is recipe.args[0] else EXACT
-        # a product is linear in each factor alone
-        if recipe.repeatable.product and any(i.free for i in recipe.ingredients):
-            carries = LINEAR
+            carries = LINEAR if first else EXACT
+        elif carries is PRODUCT:
+            others = [i for i in recipe.ingredients if i is not ingredient]
+            most = ingredient.layout.numel // NARROW
+            if all(i.free or i.layout.numel <= most for i in others):
+                carries = LINEAR
+            else:  # of two rounded elements the error is as large as they are, and their product may be smaller;
+                # in a plan of saves each has a width of its own
+                carries = EXACT if recipe.repeatable.product or self._widths.literal else SATURATES
+        elif carries is ROWS:
+            carries = BOUNDED if first and self._is_by_rows(recipe, ingredient, max(least, 8)) else EXACT
         if self._widths.literal and carries is not EXACT:  # what that costs the gradient has been measured
             return least
         if carries is LINEAR:
@@ -146,6 +163,12 @@ class Costs:
         if carries is BOUNDED or (carries is SATURATES and least <= 4):
             return max(least, 8)
         return max(least, REFINED_BITS) if carries is SATURATES else 32
+
+    def _is_by_rows(self, recipe: Recipe, ingredient: Ingredient, bits: int) -> bool:
+        """Whether each row of what a recipe normalizes has scales of its own."""
+        layout, shape = ingredient.layout, recipe.args[1]
+        row = math.prod(shape) if isinstance(shape, (tuple, list)) else shape
+        return layout.is_rows and row % self._widths.group(layout, bits) == 0
 
     def of_recipe(self, recipe: Recipe, least: int, most: float, counted: _Counted | None = None) -> Cost:
         """What a recipe takes.

@@ -15,7 +15,7 @@ from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Reference,
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
 from lightning_tinykg.activations.remaking import Making, Remade
-from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT
+from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, ROWS
 from lightning_tinykg.activations.rules import ANGLE, SMOOTH, Rule
 from lightning_tinykg.activations.storages import Layout, node_name
 from lightning_tinykg.activations.widths import Widths
@@ -54,15 +54,27 @@ class Follower:
         elif not fused and isinstance(mask, Levels):
             self.recipes.write(DROPOUT, (x, mask), {}, out)
 
-    def remade(self, tensor: Tensor, rule: Rule, least: int, entry: Entry, computes: bool) -> Kept | None:
-        """How to make the tensor again, where that is the cheapest form."""
+    def remade(
+        self, tensor: Tensor, rule: Rule, least: int, entry: Entry, computes: bool, own: int | None = None
+    ) -> Kept | None:
+        """How to make the tensor again, where that is the cheapest form.
+
+        Args:
+            tensor: the tensor.
+            rule: what its backward needs of it.
+            least: the width that what is made is to be worth.
+            entry: where to write down how.
+            computes: whether it may be computed again, and not only gathered.
+            own: the width that its own code would have; None: ``least``.
+        """
         recipe = self.recipes.find(tensor)
         if recipe is None or (recipe.computes and not computes):
             return None
-        own = least
+        own = own or least
+        bends = rule is SMOOTH and recipe.repeatable.carries is not ROWS  # which is as exact as its argument is
         if rule is ANGLE:  # it is rounded by the turn, which what it is made of is not
             least = 32
-        elif rule is SMOOTH and least > 4 and recipe.computes and not self._widths.literal:
+        elif bends and least > 4 and recipe.computes and not self._widths.literal:
             least = max(least, REFINED_BITS)  # what enters a function that bends: as exact as 8 bits of itself
         if (cost := self._costs.of_remaking(recipe, tensor, rule, least, own)) is None:
             return None

@@ -177,7 +177,11 @@ class Keeper:
     def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any, computes: bool = True) -> Kept:
         """The cheapest form that serves the rule; ``computes`` tells whether it may be computed again."""
         if rule is WEIGHT:
-            rule = EXACT if is_narrow(tensor) and not self.widths.literal else LINEAR
+            rule = EXACT if is_narrow(tensor) else LINEAR
+            if rule is EXACT and self.widths.literal:  # a plan is taken at its word, unless exactly takes no more
+                if self._follower and (remade := self._follower.remade(tensor, EXACT, 32, entry, computes, own=8)):
+                    return remade
+                rule = LINEAR
         entry.need = rule.value if isinstance(rule, Need) else "side"
         if tensor.numel() == 0:
             return self.forms.exact(tensor, entry)
@@ -187,7 +191,8 @@ class Keeper:
         factor_of = None
         if rule is MASK:
             rule, factor_of = LINEAR, node._sequence_nr()
-            if "dropout" in op and tensor.is_floating_point() and not tensor.requires_grad:
+            drops = "dropout" in op or op == "scaled_dot_product_attention"
+            if drops and tensor.is_floating_point() and not tensor.requires_grad:
                 layout = Layout.of(tensor)
                 mask = encode_two_levels(layout.run(tensor))
                 if mask is not None:

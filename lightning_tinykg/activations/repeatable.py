@@ -25,10 +25,12 @@ class Carries(Enum):
     BOUNDED = "the error is at most the arguments', and the range about theirs"
     SATURATES = "the error is at most the arguments', but the range may be far smaller"
     QUOTIENT = "linear in the first argument, if the others are exact"
+    PRODUCT = "linear in each argument, if the others are exact"
+    ROWS = "the error is at most the first argument's, each row by its own range, if the others are exact"
     EXACT = "the error may be of any size"
 
 
-SAME, LINEAR, BOUNDED, SATURATES, QUOTIENT, EXACT = Carries
+SAME, LINEAR, BOUNDED, SATURATES, QUOTIENT, PRODUCT, ROWS, EXACT = Carries
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -110,6 +112,16 @@ def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     return (names["input"], names["weight"]), {}
 
 
+def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+    """With the statistics that it had, which in training are the batch's own: the running ones stay as they are."""
+    order = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    names = dict.fromkeys(order[1:5]) | {"training": False, "eps": 1e-5}
+    names |= dict(zip(order, args, strict=False)) | kwargs
+    if names["training"]:
+        names["running_mean"] = names["running_var"] = None
+    return (*(names[name] for name in order[:6]), 0.0, names["eps"]), {}
+
+
 def _joined(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     return None if "out" in kwargs else ((tuple(args[0]), *args[1:]), kwargs)
 
@@ -158,24 +170,27 @@ def _table() -> dict[Any, Repeatable]:
                     found[op] = Repeatable(op, name.strip("_"), carries, passes, describe, **more)
 
     add("add __add__ __radd__", LINEAR, 1)
-    add("relu leaky_relu elu abs", BOUNDED, 1.5)
+    add("relu leaky_relu elu celu abs gelu silu mish", BOUNDED, 1.5)  # the steepest, gelu's, by 1.13
     add("tanh sigmoid softplus logsigmoid", SATURATES, 1.5)
     # a difference may be far smaller than what it is of, and then is all error; and so may be a sum with a negative
     add("neg __neg__ sub __sub__ rsub __rsub__", EXACT, 1)
-    add("mul __mul__ __rmul__ square", EXACT, 1)
+    add("mul __mul__ __rmul__", PRODUCT, 1)
+    add("square", SATURATES, 1)
     add("div __truediv__ true_divide", QUOTIENT, 1, _quotient)
-    add("exp gelu silu log sqrt rsqrt reciprocal sin cos where", EXACT, 1.5)  # an angle's error may be many turns
+    add("prelu exp log sqrt rsqrt reciprocal sin cos where", EXACT, 1.5)  # an angle's error may be many turns
     add("eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not", EXACT, 1)
     add("__and__ __or__ __invert__ __mod__ __floordiv__", EXACT, 1)
     add("softmax log_softmax", EXACT, 3)
-    add("layer_norm", EXACT, 3, _by_name("input", "normalized_shape", "weight", "bias", "eps"))
+    add("layer_norm", ROWS, 3, _by_name("input", "normalized_shape", "weight", "bias", "eps"))
+    add("group_norm", EXACT, 3, _by_name("input", "num_groups", "weight", "bias", "eps"))
+    add("rms_norm", ROWS, 3, _by_name("input", "normalized_shape", "weight", "eps"))
     add("cat concat stack", SAME, 1, _joined)
     add("repeat repeat_interleave", SAME, 1)
     add("arange zeros ones full", SAME, 0.5)
     found[Tensor.new_zeros] = Repeatable(torch.zeros, "zeros", SAME, 0.5, _new_zeros)
     found[torch.zeros_like] = Repeatable(torch.zeros, "zeros", SAME, 0.5, _zeros_like)
     add("linear", LINEAR, 1, _by_name("input", "weight", "bias"), product=True)
-    add("mm matmul __matmul__ bmm", EXACT, 1, product=True)
+    add("mm matmul __matmul__ bmm", PRODUCT, 1, product=True)
     for gathers in (torch.index_select, Tensor.index_select):
         found[gathers] = Repeatable(torch.index_select, "index_select", SAME, 1, _index_select, table=0)
     found[Tensor.__getitem__] = Repeatable(Tensor.__getitem__, "getitem", SAME, 1, _getitem, table=0)
@@ -183,6 +198,7 @@ def _table() -> dict[Any, Repeatable]:
         repeatable = Repeatable(op, name, LINEAR, 1, _sum_of_rows, reduces=True, onto_zeros=True)
         for adds in (getattr(torch, name), getattr(Tensor, name), getattr(Tensor, f"{name}_")):
             found[adds] = repeatable
+    found[functional.batch_norm] = Repeatable(functional.batch_norm, "batch_norm", EXACT, 4, _batch_norm)
     found[functional.embedding] = Repeatable(functional.embedding, "embedding", SAME, 1, _embedding, table=1)
     return found
 

@@ -14,6 +14,7 @@ a ``Side``    asks on which side of a threshold an element lies       1 bit     
 ``WEIGHT``    is linear in it; of what is narrow, it is divided by    b bits, or the elements    unbiased, or exact
               a sum of few of its elements
 ``SMOOTH``    is a smooth, non-linear function of it                  more bits                  bounded
+``NORM``      is one too, and what it normalizes is much used         8 bits                     bounded
 ``ANGLE``     is a periodic function of it                            more bits, of a turn       bounded
 ``UNKNOWN``   is nobody's knowledge: a custom function's              at least 8 bits            not known
 ``EXACT``     compares it, divides by it, or needs it as it is        the elements               exact
@@ -29,6 +30,10 @@ What an exponential gives, or is divided, is often a weight that its sum over a 
 weight of any neighbourhood, and the sum of another may be far smaller than that step. So where rows are narrow, and
 hold weights, it is kept exactly: mostly that is, made again from the logits. Where they are wide a row has its own
 scale.
+
+What a layer norm or an RMS norm normalizes gets 8 bits at any width, since it pays for itself: by groups that never
+straddle two rows it has a scale for each row, so that the normalized rows are as exact as they are from a code of their
+own, and these, their activation, and what goes into the layers that follow are all made of it again.
 
 A node that is not in the table is kept exactly if it is one of PyTorch's own, and is ``UNKNOWN`` if it is a custom
 function or a compiled graph. Whoever knows better about a custom function says so in the table:
@@ -58,12 +63,13 @@ class Need(Enum):
     LINEAR = "linear"
     WEIGHT = "weight"
     SMOOTH = "smooth"
+    NORM = "norm"
     ANGLE = "angle"
     UNKNOWN = "unknown"
     EXACT = "exact"
 
 
-SHAPE, SIGN, MASK, LINEAR, WEIGHT, SMOOTH, ANGLE, UNKNOWN, EXACT = Need
+SHAPE, SIGN, MASK, LINEAR, WEIGHT, SMOOTH, NORM, ANGLE, UNKNOWN, EXACT = Need
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,8 @@ _PRODUCT: _Rules = {"self": LINEAR, "other": LINEAR}
 _MATRIX_PRODUCT: _Rules = {"self": LINEAR, "mat2": LINEAR}
 # query and key stand in the exponent: what rounding does to large logits has no bound; the rest is linear in the others
 _ATTENTION: _Rules = {"query": EXACT, "key": EXACT, "value": LINEAR, "output": LINEAR}
-_NORM_INPUT: _Rules = {"input": SMOOTH}
+_NORM_INPUT: _Rules = {"input": NORM}
+_SMOOTH_NORM_INPUT: _Rules = {"input": SMOOTH}
 _SHAPE_ONLY: _Rules = {"self": SHAPE}
 _SMOOTH_INPUT: _Rules = {"self": SMOOTH}
 _SMOOTH_RESULT: _Rules = {"result": SMOOTH}
@@ -214,13 +221,14 @@ RULES: dict[str, _Rules] = {
     "Sin": {"self": ANGLE},
     "Cos": {"self": ANGLE},
     # smooth functions of the result
-    **dict.fromkeys(("Tanh", "Sigmoid", "Softmax"), _SMOOTH_RESULT),
+    **dict.fromkeys(("Tanh", "Sigmoid", "Softmax", "SafeSoftmax"), _SMOOTH_RESULT),
     # normalisation: statistics stay exact
+    **dict.fromkeys(("NativeLayerNorm", "FusedRmsNorm"), _NORM_INPUT),
     **dict.fromkeys(
-        ("NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm", "NativeBatchNorm", "NativeBatchNormLegit",
+        ("NativeGroupNorm", "NativeBatchNorm", "NativeBatchNormLegit",
          "NativeBatchNormLegitNoTraining", "BatchNormWithUpdate", "BatchNormNoUpdate", "CudnnBatchNorm",
          "MiopenBatchNorm"),
-        _NORM_INPUT,
+        _SMOOTH_NORM_INPUT,
     ),
     # fused attention
     **dict.fromkeys(

@@ -7,15 +7,17 @@ from collections import Counter
 
 from torch import Tensor
 
-from lightning_tinykg.activations.rules import ANGLE, EXACT, SMOOTH, UNKNOWN, Need, Rule
+from lightning_tinykg.activations.rules import ANGLE, EXACT, NORM, SMOOTH, UNKNOWN, Need, Rule
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.bits.plan import BitPlan, Place, bits_now
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES
-from lightning_tinykg.codecs.packing import BITS
 from lightning_tinykg.codecs.refined import REFINED_BITS, rounded_size
 
 RAISED_BITS = {1: 4, 2: 4, 3: 8, 4: 8, 5: 8, 6: 8, 7: 8, 8: 8, REFINED_BITS: REFINED_BITS}
 """By width: the least width of what enters a backward non-linearly, and of coefficients."""
+
+EXTRAS = {2: 100, 4: 100, 8: 100, REFINED_BITS: 400}
+"""By width: which part of the raw bytes all extras together may take, for one more tensor to have it: a hundredth."""
 
 NARROW = 16
 """A tensor whose last dimension is narrower than this holds coefficients, not features."""
@@ -68,13 +70,13 @@ class Widths:
         What enters its backward non-linearly gets at least ``RAISED_BITS``, and so does what has only a few elements
         in a row: it holds coefficients (attention weights, scores, degrees), each of which multiplies a whole row of
         features, so its error counts for all of them while it takes a fraction of their memory. Of what is unknown
-        nothing is risked: 8 bits.
+        nothing is risked: 8 bits; as many has the input of a norm, of which what follows is made.
         """
         if self.bits == 32 or rule is EXACT or not isinstance(rule, Need) or tensor.dtype not in FLOAT_DTYPES:
             return 32
         if self.literal:
             return self.bits
-        if rule is UNKNOWN:
+        if rule in (UNKNOWN, NORM):
             return 8
         return self.raised(self.bits) if rule in (SMOOTH, ANGLE) or is_narrow(tensor) else self.bits
 
@@ -91,14 +93,18 @@ class Widths:
         """The width for a run of elements of ``itemsize`` bytes each: at least ``least``, more where more is cheap.
 
         A tensor that is small beside the step's largest gets a bit more each time its size halves, as long as all
-        such extras together stay below a hundredth of the raw bytes. The score head is small and on every path of the
-        gradient: this is what keeps its error from all the rest.
+        such extras together stay below a hundredth of the raw bytes, or a 400th for 12 bits. The score head is small
+        and on every path of the gradient: this is what keeps its error from all the rest. Item vectors, whose scores
+        are subtracted from one another, are small too.
         """
-        if least >= BITS[-1] or self.literal:
+        if self.literal:
             return least
         wish = self.bits + math.log2(max(self._largest / max(layout.numel * itemsize, 1), 1.0))
-        better = min((width for width in BITS if width >= least), key=lambda width: abs(width - wish))
-        return better if self._with(layout, better, least) <= self._raw_bytes // 100 else least
+        better = min(EXTRAS, key=lambda width: abs(width - wish))
+        for width in reversed(EXTRAS):
+            if least < width <= better and self._with(layout, width, least) <= self._raw_bytes // EXTRAS[width]:
+                return width
+        return least
 
     def spend(self, layout: Layout, bits: int, least: int) -> None:
         """A run is kept in ``bits`` bits where ``least`` would do."""

@@ -44,6 +44,14 @@ CHAINS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
         lambda a, b: (of_rows(a, b) - a.detach().cummax(0).values[TARGET]).exp(), "Exp.result"
     ),
     "layer norm": (lambda a, b: F.elu(F.layer_norm(of_rows(a, b), (WIDTH,))), "Elu.self"),
+    "rms norm": (lambda a, b: F.elu(F.rms_norm(of_rows(a, b), (WIDTH,), eps=1e-3)), "Elu.self"),
+    "group norm": (lambda a, b: F.elu(F.group_norm(of_rows(a, b), 4)), "Elu.self"),
+    "batch norm": (lambda a, b: F.elu(F.batch_norm(of_rows(a, b), None, None, training=True, eps=0.1)), "Elu.self"),
+    "batch norm of before": (
+        lambda a, b: F.elu(F.batch_norm(of_rows(a, b), torch.zeros(WIDTH), torch.ones(WIDTH))), "Elu.self"
+    ),
+    "prelu": (lambda a, b: F.prelu(of_rows(a, b), b[0, :1]).exp(), "Exp.result"),
+    "gelu": (lambda a, b: F.gelu(of_rows(a, b), approximate="tanh").exp(), "Exp.result"),
     "linear": (lambda a, b: torch.tanh(F.linear(a[SOURCE], WEIGHT)) * b[TARGET], "Tanh.result"),
     "product": (lambda a, b: (a[SOURCE] @ WEIGHT).exp() * b[TARGET], "Exp.result"),
     "joined": (lambda a, b: torch.cat([a[SOURCE], b[TARGET]], 1).exp(), "Exp.result"),
@@ -340,6 +348,71 @@ def test_a_quotient_is_made_of_exact_denominators() -> None:
     assert error(function, a, 8)[0] < 0.02
 
 
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer norm": lambda h: F.layer_norm(h, (WIDTH,)),
+    "rms norm": lambda h: F.rms_norm(h, (WIDTH,)),
+}
+
+
+@pytest.mark.parametrize(("name", "bits"), [(name, 8) for name in NORMS] + [("layer norm", 4), ("layer norm", 2)])
+def test_what_follows_a_norm_is_made_of_its_input(name: str, bits: int) -> None:
+    """It is kept once, in 8 bits, whatever the sizes of the rows: each has a scale of its own."""
+    a = table()
+    sizes = torch.logspace(-3, 3, NODES)[:, None]
+
+    def function(x: Tensor) -> Tensor:
+        return F.gelu(NORMS[name](made(x) * sizes)) @ WEIGHT
+
+    own, kept = error(function, a, bits, recompute="off")
+    again, less = error(function, a, bits)
+    assert codecs(less, "Gelu.self") == {"recipe"}
+    assert less.stored_bytes < 0.7 * kept.stored_bytes
+    assert again < max(1.5 * own, 0.02)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_shares_a_scale_with_other_rows_is_not_made_of_a_norms_input(turned: bool) -> None:
+    """Beside a large row, a small one has lost all that its norm would blow up."""
+    width = 64 if turned else 4
+    sizes = torch.logspace(-3, 3, 4096)[torch.randperm(4096, generator=torch.Generator().manual_seed(0))]
+    x = (torch.randn(width, 4096) * sizes).t() if turned else torch.randn(4096, width) * sizes[:, None]
+    weight = nn.Parameter(torch.ones(width))
+
+    def function(x: Tensor) -> Tensor:
+        return F.elu(F.layer_norm(made(x) if not turned else made(x.t()).t(), (width,), weight))
+
+    _, ledger = error(function, x.requires_grad_(), 8)
+    assert "recipe" not in codecs(ledger, "Elu.self")
+
+
+def test_a_batch_norm_that_is_run_again_leaves_its_statistics_alone() -> None:
+    """Also where it runs twice in a forward, and they have changed since the first."""
+    norm, plain = nn.BatchNorm1d(WIDTH), nn.BatchNorm1d(WIDTH)
+    a, b = table(0), table(1)
+    with compress_activations(32) as ledger:
+        loss = F.elu(norm(made(a))).sum() + F.elu(norm(made(b))).sum()
+    assert codecs(ledger, "Elu.self") == {"recipe"}
+    loss.backward()
+    (F.elu(plain(made(a))).sum() + F.elu(plain(made(b))).sum()).backward()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(norm.state_dict()[name], value)
+
+
+def test_a_product_is_made_of_one_rounded_factor_at_the_most() -> None:
+    """Of two, the error of a small product of large factors would be as large as these."""
+    a, b, scale = table(0), table(1), nn.Parameter(torch.rand(WIDTH))
+
+    def kept(other: Callable[[], Any]) -> set[str]:
+        with compress_activations(8) as ledger:
+            x = made(a)
+            x.square().sum() + (x * other() @ WEIGHT).sum()
+        return codecs(ledger, "Mm.self")
+
+    assert kept(lambda: 0.5) == kept(lambda: scale) == {"recipe"}
+    assert kept(lambda: made(b[:, :1])) == {"recipe"}
+    assert kept(lambda: made(b)) == {"int8"}
+
+
 def test_a_rounded_quotient_is_no_quotient() -> None:
     """Of what is exact alone: of rounded values it would be another whole number."""
     a = table(scale=10.0)
@@ -434,6 +507,21 @@ def test_dropouts_however_they_are_called(bits: int) -> None:
         value.backward()
         assert a.grad is not None
         assert "dropout(getitem(x))" in {entry.recipe for entry in ledger}
+
+
+def test_the_dropout_of_an_attention_is_kept_as_a_mask() -> None:
+    """Its ops are within one function: the mask is not seen to be made, the weights can't be made again."""
+    a = table()
+
+    def function(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        h = made(x).view(4, -1, WIDTH)
+        return F.scaled_dot_product_attention(h, h.flip(-1), h, dropout_p=0.2)
+
+    off, ledger = error(function, a, 8)
+    assert off < 0.02
+    assert codecs(ledger, "Mul.other") - {"held"} == {"mask"}
+    assert codecs(ledger, "SafeSoftmax.result") == {"int8"}
 
 
 def test_arguments_and_results_of_other_kinds() -> None:
