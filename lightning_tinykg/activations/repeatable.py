@@ -115,11 +115,11 @@ def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
 def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     """With the statistics that it had, which in training are the batch's own: the running ones stay as they are."""
     order = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    names = dict.fromkeys(order[1:5]) | {"training": False, "eps": 1e-5}
+    names = dict.fromkeys(order[1:5]) | {"training": False, "momentum": 0.1, "eps": 1e-5}
     names |= dict(zip(order, args, strict=False)) | kwargs
     if names["training"]:
         names["running_mean"] = names["running_var"] = None
-    return (*(names[name] for name in order[:6]), 0.0, names["eps"]), {}
+    return tuple(names[name] for name in order), {}
 
 
 def _joined(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
