@@ -234,6 +234,20 @@ class RippleNet(nn.Module):
         return score
 
 
+class Transformer(nn.Module):
+    """A transformer of a user's last 64 items, as in SASRec, of PyTorch's own layers: pre-norm, GELU, dropout."""
+
+    def __init__(self, graph: Graph, dim: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(graph.num_nodes, dim)
+        layer = nn.TransformerEncoderLayer(dim, 4, 4 * dim, 0.1, F.gelu, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def forward(self, items: Tensor) -> Tensor:
+        encoded: Tensor = self.encoder(self.embedding(items))
+        return encoded[:, -1]
+
+
 def kgat(graph: Graph, dim: int, layers: int) -> Step:
     model = KGAT(graph, dim, layers)
     return Step(model, lambda: bpr(model(), graph.triples))
@@ -302,6 +316,20 @@ def ripplenet(graph: Graph, dim: int, layers: int) -> Step:
     return Step(model, loss)
 
 
+def transformer(graph: Graph, dim: int, layers: int) -> Step:
+    """Of an eighth as many users as there are triples."""
+    model = Transformer(graph, dim, layers)
+    count = max(graph.triples.shape[1] // 8, 1)
+    items = graph.edge_index[0, : 64 * count].view(-1, 64)
+
+    def loss() -> Tensor:
+        _, positive, negative = graph.triples[:, : len(items)]
+        user, weight = model(items), model.embedding.weight
+        return -F.logsigmoid((user * (weight[positive] - weight[negative])).sum(-1)).mean()
+
+    return Step(model, loss)
+
+
 STEPS: dict[str, Callable[[Graph, int, int], Step]] = {
     "kgat": kgat,
     "kgat-once": kgat_once,
@@ -310,5 +338,6 @@ STEPS: dict[str, Callable[[Graph, int, int], Step]] = {
     "kgcn": kgcn,
     "rgcn": rgcn,
     "ripplenet": ripplenet,
+    "transformer": transformer,
 }
 """By name: a function of the graph, the width and the number of layers."""
