@@ -130,9 +130,11 @@ class Costs:
         cost = self.of_recipe(recipe, judged, own)
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
         work = share * cost.work
-        if cost.nbytes < own and self._is_worth(work, own - cost.nbytes, tensor.nbytes):
+        # what is made again is mostly as exact as 8 bits would be, and so worth what these would take
+        worth = self.own_cost(tensor, rule, max(own_least, 8))
+        if cost.nbytes < own and self._is_worth(work, worth - cost.nbytes, tensor.nbytes):
             return Cost(cost.nbytes, work)
-        if self._is_worth(work, own, tensor.nbytes):  # if only what it is made of were kept
+        if self._is_worth(work, worth, tensor.nbytes):  # if only what it is made of were kept
             for value in dict.fromkeys(self._paid_for):
                 value.wanted += own
         return None
