@@ -370,6 +370,20 @@ def test_what_follows_a_norm_is_made_of_its_input(name: str, bits: int) -> None:
     assert again < max(1.5 * own, 0.02)
 
 
+def test_with_fewer_bits_as_much_is_made_again() -> None:
+    """What a code of 2 bits saves in bytes would be no work's worth, and what it costs the gradient a lot."""
+    torch.manual_seed(0)
+    layers = [module for _ in range(2) for module in (nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.GELU())]
+    model, a = nn.Sequential(*layers), table()
+
+    def function(x: Tensor) -> Tensor:
+        return model(made(x)) @ WEIGHT
+
+    (most, at_8), (least, at_2) = (error(function, a, bits) for bits in (8, 2))
+    assert at_2.stored_bytes <= at_8.stored_bytes
+    assert least < 1.5 * most
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_shares_a_scale_with_other_rows_is_not_made_of_a_norms_input(turned: bool) -> None:
     """Beside a large row, a small one has lost all that its norm would blow up."""
