@@ -23,7 +23,7 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "max_epochs": 2,
 }
-BUDGET = 100_000
+BUDGET = 75_000
 
 
 class First(NamedTuple):

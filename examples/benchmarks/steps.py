@@ -320,7 +320,8 @@ def transformer(graph: Graph, dim: int, layers: int) -> Step:
     """Of an eighth as many users as there are triples."""
     model = Transformer(graph, dim, layers)
     count = max(graph.triples.shape[1] // 8, 1)
-    items = graph.edge_index[0, : 64 * count].view(-1, 64)
+    edges = graph.edge_index[0]
+    items = edges[torch.arange(64 * count, device=edges.device) % len(edges)].view(-1, 64)
 
     def loss() -> Tensor:
         _, positive, negative = graph.triples[:, : len(items)]
