@@ -2,11 +2,13 @@
 
     python examples/benchmarks/budget.py
     python examples/benchmarks/budget.py --steps kgat gat --bits 4 2 --seeds 0 1 2 --json budget.json
+    python examples/benchmarks/budget.py --steps kgat gat --bits 8 2 --bytes-of uniform
 
 For each step, width and seed (of the graph and the weights): the error of the gradient at that width, by the rules;
 and, with as many bytes as that took for a budget, the error at the bits that are chosen, and the error that the choice
-predicted. *Every float*: one width for all that is rounded, taken literally, without the rules' extra bits. *Bound*:
-the least that is predicted of any choice in as many bytes, if every number of bits were a width, whole or not.
+predicted. *Every float*: one width for all that is rounded, taken literally, without the rules' extra bits; with
+`--bytes-of uniform` the budget is what that takes, and the gain is over it. *Bound*: the least that is predicted of any
+choice in as many bytes, if every number of bits were a width, whole or not.
 """
 
 from __future__ import annotations
@@ -66,14 +68,14 @@ def bound(kind: KindOfStep) -> float:
     return math.sqrt(max(np.array(least) - prices * (kind.target - kind.fixed))) / kind.norm
 
 
-def measure(step: Step, bits: int, draws: int) -> dict[str, Any]:
-    """One row."""
+def measure(step: Step, bits: int, draws: int, bytes_of: str) -> dict[str, Any]:
+    """One row; the budget is what ``bytes_of`` takes: the ``"rules"``, or one ``"uniform"`` width for every float."""
     exact, _ = step.gradient()
     uniform, stored = error(step, exact, compress_activations(bits), draws)
     literal, literal_stored = error(
         step, exact, compress_activations(BitPlan([PlanEntry(bits, component="*.*")], default=bits)), draws
     )
-    context, seconds = chosen(step, stored)
+    context, seconds = chosen(step, stored if bytes_of == "rules" else literal_stored)
     assert context.planner is not None
     budget, budget_stored = error(step, exact, context, draws)
     return {
@@ -84,6 +86,7 @@ def measure(step: Step, bits: int, draws: int) -> dict[str, Any]:
         "literal": literal,
         "budget_mib": budget_stored / MIB,
         "budget": budget,
+        "gain": (uniform if bytes_of == "rules" else literal) / max(budget, 1e-12),
         "predicted": context.planner.now.predicted,
         "bound": bound(context.planner.now),
         "seconds": seconds,
@@ -101,6 +104,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--draws", type=int, default=5, help="draws of the rounding noise")
+    parser.add_argument("--bytes-of", choices=("rules", "uniform"), default="rules", help="how much the budget is")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -113,7 +117,7 @@ def main() -> None:
                 step = STEPS[name](Graph.random(args.nodes, args.edges, seed=seed), args.dim, args.layers)
                 for bits in args.bits:
                     progress.update(task, description=f"{name}, {bits} bits, seed {seed}")
-                    rows.append({"step": name, "seed": seed, **measure(step, bits, args.draws)})
+                    rows.append({"step": name, "seed": seed, **measure(step, bits, args.draws, args.bytes_of)})
                     progress.advance(task)
     table = Table(
         title=f"{args.nodes:,} nodes, {args.edges:,} edges, mean over seeds {args.seeds}", title_justify="left"
@@ -152,7 +156,7 @@ def main() -> None:
                 f"{mean('budget_mib'):.2f}",
                 f"{mean('predicted'):.2%}",
                 f"{mean('bound'):.2%}",
-                f"{min(row['uniform'] / max(row['budget'], 1e-12) for row in group):.2f}x",
+                f"{min(row['gain'] for row in group):.2f}x",
                 f"{max(abs(row['predicted'] / max(row['budget'], 1e-12) - 1) for row in group):.0%}",
                 end_section=bits == args.bits[-1],
             )

@@ -427,6 +427,32 @@ def test_a_product_is_made_of_one_rounded_factor_at_the_most() -> None:
     assert kept(lambda: made(b)) == {"int8"}
 
 
+def test_a_matrix_product_is_not_made_of_two_rounded_factors() -> None:
+    """As attention's logits: what adds up may cancel, so of exact ones alone."""
+    a, b = table(0), table(1)
+    wide = nn.Parameter(torch.randn(NODES, WIDTH))
+    with compress_activations(8) as ledger:
+        query, key = made(a), made(b)  # which are there still, and could be kept in more bits
+        (query @ key.t() @ wide).sum()
+    assert codecs(ledger, "Mm.self from") == {"exact"}
+
+
+def test_in_a_plan_of_saves_a_product_of_two_has_its_own_width() -> None:
+    a, b = table(0), table(1)
+    with compress_activations(BitPlan([PlanEntry(8, component="*.*")], default=8)) as ledger:
+        (made(a) * made(b) @ WEIGHT).sum()
+    assert codecs(ledger, "Mm.self") == {"int8"}
+
+
+@pytest.mark.parametrize(("nodes", "kept"), [(NODES, "recipe"), (4 * NODES, "int8")])
+def test_in_a_plan_of_saves_weights_are_exact_where_that_takes_no_more(nodes: int, kept: str) -> None:
+    """They are made of two tables of nodes, which are smaller than their own code, or larger."""
+    a, b = torch.randn(2, nodes, 4).requires_grad_()
+    with compress_activations(BitPlan([PlanEntry(8, component="*.*")], default=8)) as ledger:
+        (made(a)[SOURCE] + made(b)[TARGET]).exp().sum()
+    assert codecs(ledger, "Exp.result") == {kept}
+
+
 def test_a_rounded_quotient_is_no_quotient() -> None:
     """Of what is exact alone: of rounded values it would be another whole number."""
     a = table(scale=10.0)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from comparing import made
+from torch import nn
 
 from lightning_tinykg import compress_activations
 from lightning_tinykg.activations.rules import EXACT, LINEAR, RELU, SMOOTH
@@ -67,3 +69,13 @@ def test_an_edge_softmax_without_its_maximum(recompute: str, bits: int) -> None:
     with compress_activations(bits, recompute=recompute):
         value = loss()
     assert (torch.autograd.grad(value, scores)[0] - want).norm() < 0.3 * want.norm()
+
+
+def test_at_8_bits_small_tensors_get_12_within_a_400th_of_the_raw_bytes() -> None:
+    weight = nn.Parameter(torch.randn(64, 8))
+    rows = [10_000, *[100] * 4]
+    with compress_activations(8) as ledger:
+        for count in rows:
+            (made(torch.randn(count, 64).requires_grad_()) @ weight).sum()
+    kept = [entry.codec for entry in ledger.entries if entry.op == "Mm.self"]
+    assert kept == ["int8", "int12", "int8", "int8", "int8"]
