@@ -70,7 +70,7 @@ def available(device: torch.device) -> int:
     return free
 
 
-def brake(limit: int, device: torch.device) -> None:
+def brake(limit: int | None, device: torch.device) -> None:
     """Make an allocation far beyond the limit fail, rather than have the system kill what it likes.
 
     On a GPU nothing beyond the limit can be allocated at all; on the CPU what counts is what is measured, and this
@@ -78,7 +78,9 @@ def brake(limit: int, device: torch.device) -> None:
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total) if limit else 1.0, device)
+        return
+    if not limit:
         return
     now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     most = now + 2 * limit + GIB
@@ -108,8 +110,7 @@ def memory(request: dict[str, Any], done: Callable[[Any], Any]) -> dict[str, Any
     Run.of(request["way"], request["step"], step, graph).gradient()  # what is loaded at the first use is not the step's
     del step, graph
     gc.collect()
-    if request.get("limit"):
-        brake(request["limit"], device)
+    brake(request.get("limit"), device)
     meter.peak()
     empty = meter.now()
     step, graph = make(request["step"], request["sizes"], device)
@@ -159,7 +160,7 @@ def largest_within(memory: int, step: Callable[[int], dict[str, Any]], start: in
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Do what is requested; in the process that was forked for it."""
+    """Do what is requested."""
 
     def done(_: Any) -> None:
         print(json.dumps({"done": 1}), flush=True)
@@ -178,14 +179,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve() -> None:
-    """Answer requests from stdin, each in a fork of this process: the libraries are imported once."""
+    """Answer requests from stdin, on the CPU each in a fork of this process: the libraries are imported once."""
     gc.collect()
     gc.freeze()  # or each step's collection would look through all that was imported
     for line in sys.stdin:
         request = json.loads(line)
-        if request["device"] != "cpu":  # a GPU can't be used in forks: this process ends with its first request
+        if request["device"] != "cpu":  # which forks can't use; its allocator counts what each request has, alone
             print(json.dumps({"result": answer(request)}), flush=True)
-            return
+            gc.collect()
+            torch.cuda.empty_cache()
+            continue
         child = os.fork()
         if child == 0:
             status = 1
@@ -235,8 +238,6 @@ class Server:
             message = json.loads(line)
             if "result" in message:
                 result: dict[str, Any] = message["result"]
-                if request["device"] != "cpu":
-                    self.close()
                 return result
             if "error" in message:
                 break

@@ -55,7 +55,14 @@ class Follower:
             self.recipes.write(DROPOUT, (x, mask), {}, out)
 
     def remade(
-        self, tensor: Tensor, rule: Rule, least: int, entry: Entry, computes: bool, own: int | None = None
+        self,
+        tensor: Tensor,
+        rule: Rule,
+        least: int,
+        entry: Entry,
+        computes: bool,
+        steady: bool = False,
+        own: int | None = None,
     ) -> Kept | None:
         """How to make the tensor again, where that is the cheapest form.
 
@@ -65,10 +72,13 @@ class Follower:
             least: the width that what is made is to be worth.
             entry: where to write down how.
             computes: whether it may be computed again, and not only gathered.
+            steady: whether it has to be what it was to the last bit.
             own: the width that its own code would have; None: ``least``.
         """
         recipe = self.recipes.find(tensor)
         if recipe is None or (recipe.computes and not computes):
+            return None
+        if steady and not recipe.steady:
             return None
         own = own or least
         bends = rule is SMOOTH and recipe.repeatable.carries is not ROWS  # which is as exact as its argument is

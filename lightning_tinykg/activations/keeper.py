@@ -28,6 +28,7 @@ from lightning_tinykg.activations.rules import (
     MASK,
     SHAPE,
     SIGN,
+    UNKNOWN,
     WEIGHT,
     Need,
     Rule,
@@ -159,6 +160,7 @@ class Keeper:
             entry.codec = "held"
         else:
             self._books.charge(saved, tensor, entry)
+            self.workspace.largest = max(self.workspace.largest, tensor.nbytes)
             self.widths.charge(entry.raw_bytes)
             self.widths.turn_to(saved.module, where)
             if saved.exact or (node is None and attribute):
@@ -176,6 +178,7 @@ class Keeper:
 
     def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any, computes: bool = True) -> Kept:
         """The cheapest form that serves the rule; ``computes`` tells whether it may be computed again."""
+        steady = rule in (EXACT, UNKNOWN)  # a backward may look for what equals a maximum
         if rule is WEIGHT:
             rule = EXACT if is_narrow(tensor) else LINEAR
             if rule is EXACT and self.widths.literal:  # a plan is taken at its word, unless exactly takes no more
@@ -201,7 +204,7 @@ class Keeper:
         floating = tensor.dtype in FLOAT_DTYPES
         least = self.widths.least(tensor, rule)
         if self._follower is not None:
-            remade = self._follower.remade(tensor, rule, least, entry, computes)
+            remade = self._follower.remade(tensor, rule, least, entry, computes, steady)
             if remade is not None:
                 return remade
         layout = Layout.of(tensor)

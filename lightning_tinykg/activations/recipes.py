@@ -89,6 +89,7 @@ class Recipe:
         dtype: the dtype of what it made.
         nbytes: the bytes of what it made.
         autocast: the dtype of the autocast that it ran under; None if it ran under none.
+        steady: whether it makes the same bits; if not, the order of additions may make a difference.
         makings: by the widths of its ingredients: how it is made again, where a save asks for that.
         work: the bytes that are moved to run the op again, or the time of a matrix product in these.
         computes: whether it, or what it starts from, is more than a gather.
@@ -104,6 +105,7 @@ class Recipe:
     dtype: torch.dtype
     nbytes: int
     autocast: torch.dtype | None
+    steady: bool
     makings: dict[tuple[int, ...], weakref.ref[Making]] = field(default_factory=dict)
     work: float = field(init=False)
     computes: bool = field(init=False)
@@ -183,8 +185,12 @@ class RecipeBook:
             made = tuple([self._argument(argument, most, ingredients) for argument in args])
         except _NoIngredient:
             return
-        same = repeatable.carries is SAME
+        same, steady = repeatable.carries is SAME, repeatable.is_steady(out)
         for ingredient in ingredients:
+            if ingredient.recipe is not None and not ingredient.recipe.steady:
+                if repeatable.jumps:  # it wants what the forward had
+                    ingredient.recipe = None
+                steady = steady and repeatable.jumps
             if ingredient.value is value:  # in place, or a view
                 return
             # restored with other strides, it might take another path through the kernel
@@ -207,6 +213,7 @@ class RecipeBook:
             out.dtype,
             out.nbytes,
             autocast,
+            steady,
         )
         self._noted.append(value)
         if len(self._noted) % _SWEEP == 0:

@@ -1,8 +1,8 @@
 """One table: which ops can be run again in the backward, what that takes, and how exact their arguments have to be.
 
-All are deterministic and give the same bits when they are run again on the same elements. What is in the table is cheap
-beside what it saves; reductions over a graph's edges and anything random are not. (Dropout is: its mask is kept anyway,
-and the rest is a product.)
+All give the same bits when they are run again on the same elements, but for sums over a graph's edges on a GPU, which
+are added up in any order: there the forward, too, is not the same twice. What is in the table is cheap beside what it
+saves; anything random is not. (Dropout is: its mask is kept anyway, and the rest is a product.)
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Repeatable:
         product: whether it is a matrix product.
         reduces: whether it adds up the rows of its last argument, which is work as well.
         onto_zeros: whether it writes onto its first argument, which has to be zeros that were made for it.
+        jumps: whether the least change of an argument may change the result altogether.
     """
 
     op: Callable[..., Tensor]
@@ -61,6 +62,11 @@ class Repeatable:
     product: bool = False
     reduces: bool = False
     onto_zeros: bool = False
+    jumps: bool = False
+
+    def is_steady(self, out: Tensor) -> bool:
+        """Whether it makes a result of its own once more to the last bit."""
+        return not self.reduces or out.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
 
 
 REDUCTION_PASSES = 6
@@ -137,13 +143,11 @@ def _zeros_like(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
 
 
 def _sum_of_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
-    """Of a scatter onto zeros; on a GPU only where it is asked to add up in the same order always."""
+    """Of a scatter onto zeros."""
     names = dict(zip(("input", "dim", "index", "source"), args, strict=False)) | kwargs
     if "src" in names:
         names["source"] = names.pop("src")
     if names.keys() != {"input", "dim", "index", "source"} or not isinstance(names["dim"], int):
-        return None
-    if names["source"].device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
         return None
     return (tuple(names["input"].shape), names["dim"], names["index"], names["source"]), {}
 
@@ -178,8 +182,8 @@ def _table() -> dict[Any, Repeatable]:
     add("square", SATURATES, 1)
     add("div __truediv__ true_divide", QUOTIENT, 1, _quotient)
     add("prelu exp log sqrt rsqrt reciprocal sin cos where", EXACT, 1.5)  # an angle's error may be many turns
-    add("eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not", EXACT, 1)
-    add("__and__ __or__ __invert__ __mod__ __floordiv__", EXACT, 1)
+    compares = "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not"
+    add(f"{compares} __and__ __or__ __invert__ __mod__ __floordiv__", EXACT, 1, jumps=True)
     add("softmax log_softmax", EXACT, 3)
     add("layer_norm", ROWS, 3, _by_name("input", "normalized_shape", "weight", "bias", "eps"))
     add("group_norm", EXACT, 3, _by_name("input", "num_groups", "weight", "bias", "eps"))

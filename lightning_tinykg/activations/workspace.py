@@ -45,7 +45,7 @@ class Workspace:
         self._buffers: list[torch.UntypedStorage] = []
         self._lock = threading.Lock()
         self._holding: deque[weakref.ref[Making]] = deque()
-        self._largest = 0
+        self.largest = 0
 
     def empty(self, shape: int | Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous tensor that nobody else has, of any content.
@@ -102,8 +102,7 @@ class Workspace:
         That is memory, so the oldest is let go of where all together would be more than the largest is alone.
         """
         making.made = made
-        self._largest = max(self._largest, made.nbytes)
-        room, kept = self._largest, []
+        room, kept = max(self.largest, made.nbytes), []
         for reference in (weakref.ref(making), *reversed(self._holding)):
             held = reference()
             if held is None or held.made is None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lightning_tinykg.codecs.chunks import chunk_elements, iterate_groups
 from lightning_tinykg.codecs.exact_groups import constants_beyond_float32, keep_exact, restore_exact
-from lightning_tinykg.codecs.kernels import kernels_for
+from lightning_tinykg.codecs.kernels import Kernels, kernels_for
 from lightning_tinykg.codecs.packing import BITS, packed_size
 from lightning_tinykg.codecs.planes import pack_planes, unpack_planes
 
@@ -88,8 +88,7 @@ class AffineCode:
             width: elements of a row.
 
         Returns:
-            Shape ``[n, width]``; None where groups and rows don't fit into one another, or where some groups are kept
-            as they are.
+            Shape ``[n, width]``; None where groups and rows don't fit into one another.
 
         Example:
             >>> table = torch.randn(1000, 64)
@@ -99,7 +98,7 @@ class AffineCode:
             True
         """
         size = self.group_size
-        if self.exact_index.numel() or (width % size and size % width) or self.numel % size:
+        if (width % size and size % width) or self.numel % size:
             return None
         per_row, per_group = max(width // size, 1), max(size // width, 1)
         groups = (index // per_group)[:, None] * per_row + torch.arange(per_row, device=index.device)
@@ -110,8 +109,16 @@ class AffineCode:
             zero=self.zero[groups],
             scale=self.scale[groups],
             numel=groups.numel() * size,
+            exact_index=self.exact_index[:0],
         )
-        rows = dequantize(some).view(index.numel(), -1, width)
+        restored = dequantize(some)
+        if self.exact_index.numel():
+            kept, places = self.exact_index.sort()
+            near = torch.searchsorted(kept, groups).clamp_(max=len(kept) - 1)
+            exact = self.exact_value.index_select(0, places.index_select(0, near))
+            is_kept = (kept.index_select(0, near) == groups)[:, None]
+            restored = torch.where(is_kept, exact, restored.view(-1, size))
+        rows = restored.view(index.numel(), -1, width)
         if per_group == 1:
             return rows.view(-1, width)
         return rows[torch.arange(index.numel(), device=index.device), index % per_group]
@@ -197,19 +204,27 @@ def quantize(
             parts[2].masked_fill_(beyond, 1.0)
         elif exact == 0:
             continue
+        elif chunk.dtype == rows.dtype and (aside := kernels.put_aside(rows, parts[1])) is not None:
+            exact_index.append(torch.where(aside[0] < 0, aside[0], aside[0] + first) if first else aside[0])
+            exact_value.append(aside[1])
+            continue
         keep_exact(parts[1].isnan(), chunk, group_size, first, exact_index, exact_value)
 
     return AffineCode(
         codes,
         zero,
         scale,
-        torch.cat(exact_index) if exact_index else torch.empty(0, dtype=torch.int32, device=device),
-        torch.cat(exact_value) if exact_value else torch.empty(0, group_size, dtype=tensor.dtype, device=device),
+        _joined(exact_index) if exact_index else torch.empty(0, dtype=torch.int32, device=device),
+        _joined(exact_value) if exact_value else torch.empty(0, group_size, dtype=tensor.dtype, device=device),
         numel,
         tensor.dtype,
         bits,
         group_size,
     )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
@@ -246,9 +261,9 @@ def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
     reads = dtype in kernels.dtypes or dtype == torch.float32
     limit = code.numel if divides and dtype in kernels.dtypes else chunk_elements(device)
     whole = code.numel // group_size
-    if divides and dtype in kernels.dtypes and whole == code.codes.shape[0] and not code.exact_index.numel():  # mostly
+    if divides and dtype in kernels.dtypes and whole == code.codes.shape[0]:  # mostly
         kernels.dequantize(code.codes, code.zero, code.scale, code.bits, out.view(-1, group_size))
-        return out
+        return _with_exact(out, code, kernels)
     ends = [*range(0, whole, max(1, limit // group_size)), whole, code.codes.shape[0]]  # the last may be a short group
     for first, last in pairwise(ends):
         if first == last:
@@ -265,6 +280,12 @@ def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
                 finfo = torch.finfo(dtype)
                 x.clamp_(finfo.min, finfo.max)
             place.copy_(x[: place.numel()])
-    if code.exact_index.numel():
-        restore_exact(out, code.exact_index, code.exact_value, code.codes.shape[0])
+    return _with_exact(out, code, kernels)
+
+
+def _with_exact(out: Tensor, code: AffineCode, kernels: Kernels) -> Tensor:
+    """What was restored, with the groups that were kept as they are."""
+    index, value = code.exact_index, code.exact_value
+    if index.numel() and not kernels.put_back(index, value, out):
+        restore_exact(out, index, value, code.codes.shape[0])
     return out

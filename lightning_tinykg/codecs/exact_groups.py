@@ -18,22 +18,33 @@ def keep_exact(
     """Put the groups that can't be quantized aside.
 
     On the CPU there are as many places as such groups. A GPU can't be asked how many without waiting for it: there
-    are ``1 + groups / 1024`` places, unused ones hold group 0, and groups beyond them restore as NaN, which is loud.
+    are :func:`places` of them, unused ones are for group -1, and groups beyond them restore as NaN, which is loud.
     """
     if exact.device.type == "cpu":
         which = exact.nonzero().view(-1)
         if not which.numel():
             return
     else:
-        which = torch.nonzero_static(exact, size=1 + exact.numel() // 1024, fill_value=0).view(-1)
+        which = torch.nonzero_static(exact, size=places(exact.numel()), fill_value=-1).view(-1)
     place = which[:, None] * group_size + torch.arange(group_size, device=which.device)
     inside = place < chunk.numel()
+    place.clamp_(0, chunk.numel() - 1)
     if chunk.is_contiguous():
-        rows = chunk.view(-1)[place.clamp_(max=chunk.numel() - 1)]
+        rows = chunk.view(-1)[place]
     else:  # row-major places to indices, so that nothing but these groups is copied
-        rows = chunk[torch.unravel_index(place.clamp_(max=chunk.numel() - 1), chunk.shape)]
-    index.append((which + first).to(torch.int32))
+        rows = chunk[torch.unravel_index(place, chunk.shape)]
+    index.append(torch.where(which < 0, which, which + first).to(torch.int32))
     value.append(rows.masked_fill_(~inside, 0))
+
+
+def places(groups: int) -> int:
+    """How many of so many groups a GPU has room for to keep as they are.
+
+    Example:
+        >>> places(100), places(1 << 20)
+        (1, 1025)
+    """
+    return 1 + groups // 1024
 
 
 def restore_exact(out: Tensor, index: Tensor, value: Tensor, groups: int) -> None:
@@ -41,11 +52,12 @@ def restore_exact(out: Tensor, index: Tensor, value: Tensor, groups: int) -> Non
 
     Args:
         out: what the codes were restored to, shape ``[numel]``, on which it writes.
-        index: which groups these are, int32 ``[k]``.
+        index: which groups these are, int32 ``[k]``; -1 for none.
         value: their elements, shape ``[k, group_size]``.
         groups: how many groups there are.
     """
     index, size, numel = index.long(), value.shape[1], out.shape[0]
+    index, value = _none_twice(out, index, value)
     whole = numel // size
     if whole == groups:
         out.view(whole, size).index_copy_(0, index, value)
@@ -58,3 +70,13 @@ def restore_exact(out: Tensor, index: Tensor, value: Tensor, groups: int) -> Non
         torch.where(inside, value, value[:, :1]),
     )
     out.index_copy_(0, place.view(-1), value.reshape(-1))
+
+
+def _none_twice(out: Tensor, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups and their elements once more in the place of none: of a group that is there, or the first as it is."""
+    last, where = index.max(0)
+    size = value.shape[1]
+    first = torch.nn.functional.pad(out[:size], (0, max(0, size - out.shape[0])))
+    other = torch.where(last < 0, first, value.index_select(0, where.view(1)).view(-1))
+    none = index < 0
+    return torch.where(none, last.clamp(min=0), index), torch.where(none[:, None], other, value)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_tinykg.codecs import chunks, kernels
 from lightning_tinykg.codecs.affine import AffineCode, dequantize, quantize, quantized_size
+from lightning_tinykg.codecs.exact_groups import restore_exact
 from lightning_tinykg.codecs.lossless import Code
 from lightning_tinykg.codecs.noise import make_key
 
@@ -510,3 +511,19 @@ def test_arguments_are_checked() -> None:
         quantize(x, 2, key=0, group_size=0)
     with pytest.raises(ValueError, match="metadata must be"):
         quantize(x, 2, key=0, metadata=torch.float16)
+
+
+@pytest.mark.parametrize("numel", [640, 600, 40])
+@pytest.mark.parametrize("which", [[-1, -1], [3, -1, 7], [-1, 0], [9, -1], [0]])
+def test_places_that_no_group_takes_change_nothing(numel: int, which: list[int]) -> None:
+    """As a GPU has them."""
+    groups = -(-numel // 64)
+    which = [min(group, groups - 1) for group in which]
+    out, value = torch.randn(numel), torch.randn(len(which), 64)
+    want = torch.nn.functional.pad(out, (0, -numel % 64)).view(-1, 64)
+    for group, elements in zip(which, value, strict=True):
+        if group >= 0:
+            want[group] = elements
+    if len({group for group in which if group >= 0}) == sum(group >= 0 for group in which):
+        restore_exact(out, torch.tensor(which, dtype=torch.int32), value, groups)
+        assert torch.equal(out, want.view(-1)[:numel])

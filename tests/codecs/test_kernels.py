@@ -276,9 +276,17 @@ def test_some_rows(width: int, group_size: int) -> None:
 
 def test_some_rows_where_groups_do_not_fit() -> None:
     assert quantize(torch.randn(1000, 48), 4, key=0, group_size=64).rows(torch.tensor([1]), 48) is None
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_some_rows_where_groups_are_kept_as_they_are(size: int) -> None:
     x = torch.randn(1000, 64)
-    x[3, 4] = NAN
-    assert quantize(x, 4, key=0).rows(torch.tensor([1]), 64) is None
+    x[3, 4] = x[0, 0] = x[998, 63] = NAN
+    code, index = quantize(x, 4, key=0, group_size=size), torch.tensor([1, 3, 999, 998, 3, 4])
+    rows = code.rows(index, 64)
+    assert rows is not None
+    assert torch.equal(rows.nan_to_num(7.0), code.decode().view(1000, 64)[index].nan_to_num(7.0))
+    assert rows.isnan().sum() == 3
 
 
 def test_use_is_checked() -> None:

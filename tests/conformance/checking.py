@@ -4,7 +4,8 @@ A case is run plainly, and then compressed at each width, with nothing too small
 from what the ledger says was kept:
 
 - no exception that the plain step does not raise, and no non-finite gradient where the plain one is finite: always;
-- nothing rounded: gradients **equal** to the last bit;
+- nothing rounded: gradients **equal** to the last bit (on a GPU, unless two plain steps differ: some kernels add up in
+  any order);
 - rounded only where the backward is linear in it: gradients **unbiased**, by a z-test;
 - rounded where the backward is smooth in it: the error at 8 bits is **bounded** by :data:`BOUND`.
 """
@@ -46,6 +47,9 @@ BOUND = 0.05
 """The most that smooth saves at 8 bits may change a gradient: relative to its norm, or, where the ops that saved them
 are saturated and pass next to nothing on, to the norm that it had if they passed on all they get."""
 
+
+ORDER = 32
+"""Of a gradient that is not the same twice, the difference that the order of additions may make, in epsilons."""
 
 LINEAR_NEEDS = {Need.LINEAR.value, Need.MASK.value}
 """The needs that promise an unbiased gradient of what is rounded; what is rounded for another is bounded."""
@@ -148,15 +152,17 @@ def check(case: Case, widths: Sequence[int] = WIDTHS, z_tests: Sequence[int] = W
             report.refused[_brief(error)] = 1
             return report
         report.cases = 1
+        again, _ = (want, None) if want.device.type == "cpu" else _gradients(case, None)
+        slack = 0.0 if _identical(want, again) else ORDER * _epsilon(case)
         for bits in widths:
             try:
-                _check_width(case, bits, want, case.z_test and bits in z_tests, report)
+                _check_width(case, bits, want, case.z_test and bits in z_tests, report, slack)
             except Exception as error:
                 report.failures.append(f"{case.name} at {bits} bits raises {type(error).__name__}: {_brief(error)}")
     return report
 
 
-def _check_width(case: Case, bits: int, want: Tensor, z_test: bool, report: Report) -> None:
+def _check_width(case: Case, bits: int, want: Tensor, z_test: bool, report: Report, slack: float) -> None:
     got, ledger = _gradients(case, compress_activations(bits, min_bytes=0))
     assert ledger is not None
     report.steps += 1
@@ -173,7 +179,7 @@ def _check_width(case: Case, bits: int, want: Tensor, z_test: bool, report: Repo
         return
     if not needs:
         report.claims.add("exact")
-        if not _identical(want, got):
+        if not _identical(want, got) and not relative(got[finite], want[finite]) <= slack:
             difference = float((got - want)[finite].abs().max())
             report.failures.append(
                 f"{case.name} at {bits} bits: nothing was rounded, but gradients differ by {difference}"
@@ -231,7 +237,7 @@ def _z(case: Case, context: compress_activations, want: Tensor, draws: int) -> f
     # a few in as many draws, and the spread does not say so
     rare = 2 * error.abs().max() / draws
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(8, want.numel(), dtype=want.dtype, generator=generator)
+    directions = torch.randn(8, want.numel(), dtype=want.dtype, generator=generator).to(want.device)
     directions = torch.cat([directions, want[None], torch.ones_like(want)[None]])
     error = torch.cat([error, error @ functional.normalize(directions).t()], dim=1)
     # the backward's own arithmetic rounds as well, and not to the mean
@@ -294,7 +300,7 @@ def _dense(grad: Tensor) -> Tensor:
 
 def _weights(out: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(7)
-    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype)
     return weights if out.layout == torch.strided else weights.to_sparse()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ _OPERATORS: dict[str, Any] = {
 }
 
 
-def dtypes(name: str) -> list[torch.dtype]:
-    """The dtypes in which an operator has a gradient on the CPU."""
+def dtypes(name: str, device: str = "cpu") -> list[torch.dtype]:
+    """The dtypes in which an operator has a gradient on a device."""
     op = _OPERATORS[name]
-    return [dtype for dtype in DTYPES if op.supports_autograd and dtype in op.supported_backward_dtypes("cpu")]
+    return [dtype for dtype in DTYPES if op.supports_autograd and dtype in op.supported_backward_dtypes(device)]
 
 
 NAMES = [name for name in _OPERATORS if dtypes(name)]
@@ -34,14 +35,14 @@ WITHOUT_GRADIENT = [name for name in _OPERATORS if not dtypes(name)]
 """Operators that the database says have no gradient in these dtypes on the CPU."""
 
 
-def cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
-    """An operator's samples, as a function and (where there is such a variant) in place.
+def cases(name: str, dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
+    """An operator's samples on a device, as a function and (where there is such a variant) in place.
 
     What requires a gradient is copied within the forward: it is an activation, not a weight, and so is compressed.
     """
     op = _OPERATORS[name]
     torch.manual_seed(0)
-    for number, sample in enumerate(op.sample_inputs("cpu", dtype, requires_grad=True)):
+    for number, sample in enumerate(op.sample_inputs(device, dtype, requires_grad=True)):
         leaves = [t for t in tree_leaves((sample.input, sample.args, sample.kwargs)) if _is_leaf(t)]
         if not leaves:
             continue
@@ -60,13 +61,20 @@ def cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
             yield Case(label, forward, leaves, finish, z_test, saturated=True)
 
 
-def check_operator(name: str) -> Report:
-    """Check an operator in all its dtypes; for a bias, its first samples, at each width in float32, else at 2 bits."""
+def check_operator(name: str, device: str = "cpu", most: int | None = None, z_tested: int = Z_TESTED) -> Report:
+    """Check an operator in all its dtypes; for a bias, its first cases, at each width in float32, else at 2 bits.
+
+    Args:
+        name: the operator, of :data:`NAMES`.
+        device: where to run it.
+        most: cases of each dtype, or None for all.
+        z_tested: of these, how many are tested for a bias.
+    """
     report = Report()
-    for dtype in dtypes(name):
+    for dtype in dtypes(name, device):
         widths = WIDTHS if dtype == torch.float32 else (2,)
-        for number, case in enumerate(cases(name, dtype)):
-            report.add(check(case, z_tests=widths if number < Z_TESTED else ()))
+        for number, case in enumerate(islice(cases(name, dtype, device), most)):
+            report.add(check(case, z_tests=widths if number < z_tested else ()))
     return report
 
 

@@ -67,6 +67,30 @@ class Kernels(Protocol):
                 In a narrower dtype, what lies beyond its finite values becomes the nearest of these.
         """
 
+    def put_aside(self, x: Tensor, zero: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keep the groups that can't be quantized as they are, without waiting for the device.
+
+        Args:
+            x: as for :meth:`quantize`; it must not be scratch.
+            zero: the zero points that it has put.
+
+        Returns:
+            As many as :func:`~lightning_tinykg.codecs.exact_groups.places` says: which groups, int32 ``[k]``, -1 for
+            none, and their elements ``[k, group_size]``. None where these kernels leave that to others.
+        """
+
+    def put_back(self, index: Tensor, value: Tensor, out: Tensor) -> bool:
+        """Put groups that were kept as they are back in their places.
+
+        Args:
+            index: which groups these are: int32, shape ``[k]``; -1 for none.
+            value: their elements, shape ``[k, group_size]``.
+            out: where they belong, contiguous, shape ``[numel]``; the last group may be short.
+
+        Returns:
+            Whether it has been done; False where these kernels leave that to others.
+        """
+
     def pack(self, codes: Tensor, bits: int, out: Tensor) -> None:
         """Pack rows of codes, as :func:`~lightning_tinykg.codecs.packing.pack_codes` does.
 

@@ -8,14 +8,18 @@ import torch
 import triton
 from torch import Tensor
 
-from lightning_tinykg.codecs.cuts import NONZERO, WORDS, Cut
+from lightning_tinykg.codecs.cuts import WORDS, Cut
+from lightning_tinykg.codecs.exact_groups import places
 from lightning_tinykg.codecs.kernels import fused_groups, fused_masks
-from lightning_tinykg.codecs.kernels.reference import Reference, find_level
+from lightning_tinykg.codecs.kernels.reference import Reference
 from lightning_tinykg.codecs.noise import make_key
 from lightning_tinykg.codecs.packing import packed_size
 
 _BLOCK = 1 << 31
 """Positions under one key; no launch goes beyond it, so that 32 bits hold any offset."""
+
+_LOOKED_AT = 1024
+"""Groups that a program looks at for those that can't be quantized."""
 
 
 class Fused:
@@ -98,6 +102,29 @@ class Fused:
                     enable_fp_fusion=False,
                 )
 
+    def put_aside(self, x: Tensor, zero: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        (groups, group_size), room = x.shape, places(x.shape[0])
+        # one more, in which the places that are taken are counted from -1 on
+        index = torch.full((room + 1,), -1, dtype=torch.int32, device=x.device)
+        value = torch.empty(room, group_size, dtype=x.dtype, device=x.device)
+        if groups:
+            with _on(x):
+                fused_groups.put_aside[(triton.cdiv(groups, _LOOKED_AT),)](
+                    x, _words(zero), index, value, groups, room, GROUP=group_size, LOOKED_AT=_LOOKED_AT,
+                    COLUMNS=_columns(group_size),
+                )  # fmt: skip
+        return index[1:], value
+
+    def put_back(self, index: Tensor, value: Tensor, out: Tensor) -> bool:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        size, word = value.shape[1], WORDS[out.itemsize]
+        with _on(out):
+            fused_groups.put_back[(index.shape[0],)](
+                index, value.view(word), out.view(word), out.shape[0], GROUP=size, COLUMNS=_columns(size)
+            )
+        return True
+
     def pack(self, codes: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
         rows, size = out.shape
@@ -122,7 +149,7 @@ class Fused:
                     size,
                     tiles,
                     *cut.words(x.dtype, x.device),
-                    cut.packed_codes,
+                    CODES=cut.packed_codes,
                     OPEN=cut.open,
                     BITS=cut.bits,
                     COLUMNS=columns,
@@ -130,8 +157,13 @@ class Fused:
 
     def pack_two_levels(self, x: Tensor, value: Tensor, out: Tensor) -> bool:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
-        self.pack_classes(x, NONZERO, out)
-        return find_level(x, value)
+        rows, size = out.shape
+        columns = min(triton.next_power_of_2(max(size, 1)), 128 * 16 // x.itemsize)
+        tiles = triton.cdiv(size, columns)
+        if x.numel():
+            with _on(x):
+                fused_masks.pack_two_levels[(rows * tiles,)](x, value, out, x.shape[1], size, tiles, COLUMNS=columns)
+        return True  # a GPU is not asked: that would be to wait for it
 
     def unpack_levels(self, codes: Tensor, levels: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
@@ -144,6 +176,12 @@ class Fused:
                 fused_masks.unpack_levels[(rows * tiles,)](
                     codes, levels.view(word), out.view(word), out.shape[1], size, tiles, BITS=bits, COLUMNS=columns
                 )
+
+
+def _columns(group_size: int) -> int:
+    """Elements of a group to copy at a time."""
+    columns: int = min(triton.next_power_of_2(group_size), 1024)
+    return columns
 
 
 def _on(x: Tensor) -> torch.cuda.device | nullcontext[None]:

@@ -146,6 +146,55 @@ def quantize(
     tl.store(scale_ptr + rows, scale_word.to(scale_ptr.dtype.element_ty), mask=valid)
 
 
+@triton.jit(do_not_specialize=["groups", "room"])
+def put_aside(
+    x_ptr,
+    zero_ptr,
+    index_ptr,
+    value_ptr,
+    groups,
+    room,
+    GROUP: tl.constexpr,
+    LOOKED_AT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of ``LOOKED_AT`` groups, copy those whose zero point is NaN.
+
+    ``index_ptr`` points to the number of the last place that is taken, which the places follow.
+    """
+    row = tl.program_id(0) * LOOKED_AT + tl.arange(0, LOOKED_AT)
+    word = tl.load(zero_ptr + row, mask=row < groups, other=0).to(tl.int32)
+    if zero_ptr.dtype.element_ty == tl.int16:
+        is_nan = (word & 0x7FFF) > 0x7F80
+    else:
+        is_nan = (word & 0x7FFFFFFF) > 0x7F800000
+    count = tl.sum(is_nan.to(tl.int32))
+    if count > 0:
+        number = tl.cumsum(is_nan.to(tl.int32))
+        place = tl.atomic_add(index_ptr, count) + 1
+        for i in range(count):
+            if place + i < room:
+                group = tl.sum(tl.where(is_nan & (number == i + 1), row, 0))
+                tl.store(index_ptr + 1 + place + i, group)
+                for tile in range(0, GROUP, COLUMNS):
+                    column = tile + tl.arange(0, COLUMNS)
+                    x = tl.load(x_ptr + group.to(tl.int64) * GROUP + column, mask=column < GROUP)
+                    tl.store(value_ptr + (place + i).to(tl.int64) * GROUP + column, x, mask=column < GROUP)
+
+
+@triton.jit
+def put_back(index_ptr, value_ptr, out_ptr, numel, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
+    """Copy one group to its place, if it is one."""
+    place = tl.program_id(0)
+    group = tl.load(index_ptr + place).to(tl.int64)
+    if group >= 0:
+        for tile in range(0, GROUP, COLUMNS):
+            column = tile + tl.arange(0, COLUMNS)
+            inside = (column < GROUP) & (group * GROUP + column < numel)
+            x = tl.load(value_ptr + place.to(tl.int64) * GROUP + column, mask=inside)
+            tl.store(out_ptr + group * GROUP + column, x, mask=inside)
+
+
 @triton.jit
 def _divide(x, divisor, inverse):
     """The correctly rounded ``x / divisor``, of whose reciprocal, correctly rounded, many divisions make use.

@@ -22,7 +22,7 @@ def pack(codes_ptr, out_ptr, size, tiles, BITS: tl.constexpr, COLUMNS: tl.conste
     tl.store(out_ptr + row * size + column, packed, mask=column < size)
 
 
-@triton.jit(do_not_specialize=["tiles", "low", "high", "codes"])
+@triton.jit(do_not_specialize=["tiles", "low", "high"])
 def pack_classes(
     x_ptr,
     out_ptr,
@@ -31,7 +31,7 @@ def pack_classes(
     tiles,
     low,
     high,
-    codes,
+    CODES: tl.constexpr,
     OPEN: tl.constexpr,
     BITS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -53,10 +53,33 @@ def pack_classes(
             entered, left = x > low, x >= high
         else:
             entered, left = x >= low, x > high
-        which = tl.where(x != x, 3, tl.where(left, 2, tl.where(entered, 1, 0)))
-        code = (codes >> (2 * which)) & 3
+        code = tl.where(entered, CODES >> 2 & 3, CODES & 3)
+        code = tl.where(left, CODES >> 4 & 3, code)
+        code = tl.where(x != x, CODES >> 6, code)
         packed |= tl.where(inside, code, 0) << (lane * BITS)
     tl.store(out_ptr + row * size + column, packed.to(tl.uint8), mask=column < size)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def pack_two_levels(x_ptr, value_ptr, out_ptr, count, size, tiles, COLUMNS: tl.constexpr):
+    """Pack which elements of a row of ``count`` are not zero, and put one of those where zero is."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    packed = tl.full([COLUMNS], 0, tl.int32)
+    zero = _comparable(tl.full([COLUMNS], 0.0, x_ptr.dtype.element_ty))
+    least, most = zero, zero
+    for lane in tl.static_range(8):
+        place = lane * size + column
+        x = _comparable(tl.load(x_ptr + row * count + place, mask=(column < size) & (place < count), other=0))
+        packed |= tl.where(x != 0, 1, 0) << lane
+        least, most = tl.minimum(least, x), tl.maximum(most, x)
+    tl.store(out_ptr + row * size + column, packed.to(tl.uint8), mask=column < size)
+    high = tl.max(most)
+    level = tl.where(high > 0, high, tl.min(least))
+    # whoever writes here, writes the same
+    tl.store(
+        value_ptr, level.to(value_ptr.dtype.element_ty), mask=(level != 0) & (_comparable(tl.load(value_ptr)) == 0)
+    )
 
 
 @triton.jit

@@ -84,6 +84,14 @@ class Native:
         if failed < 0:
             raise MemoryError("dequantize: no memory for one group's codes")
 
+    def put_aside(self, x: Tensor, zero: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        return None
+
+    def put_back(self, index: Tensor, value: Tensor, out: Tensor) -> bool:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        return False
+
     def pack(self, codes: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
         self._library.tinykg_pack(codes.data_ptr(), *codes.shape, bits, out.data_ptr(), _threads(codes))

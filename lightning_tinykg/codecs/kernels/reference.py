@@ -38,11 +38,12 @@ class Reference:
         low.add_(0.0)  # of the two zeros, the positive one
         first = x[:, 0].clone()
         constant, metadata = low == high, zero.dtype
+        steps = torch.full_like(low, top)  # by a number, a GPU divides as it multiplies by its reciprocal
         if metadata == torch.float32:
-            low_end, step = low, ((high - low) / top).clamp_(min=MIN_SCALE)
+            low_end, step = low, ((high - low) / steps).clamp_(min=MIN_SCALE)
         else:
             low_end = _round_down(low)
-            step = _round_up(((high - low_end) / top).clamp_(min=MIN_SCALE))
+            step = _round_up(((high - low_end) / steps).clamp_(min=MIN_SCALE))
         # the range may overflow where the values do not, hence the test on what would be restored;
         # rounding outward turns some NaNs into numbers
         exact = ~torch.isfinite(low_end + step * top) | low.isnan()
@@ -72,6 +73,14 @@ class Reference:
         torch.mul(levels, scale.float()[:, None], out=out).add_(zero.float()[:, None])
         if scale.dtype == torch.bfloat16:
             _restore_constants(out, zero, scale, levels)
+
+    def put_aside(self, x: Tensor, zero: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        return None
+
+    def put_back(self, index: Tensor, value: Tensor, out: Tensor) -> bool:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        return False
 
     def pack(self, codes: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
