@@ -14,6 +14,7 @@ from lightning_tinykg.activations.keeping import Coded, Levels, Reference
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.codecs.affine import AffineCode
+from lightning_tinykg.codecs.kernels import kernels_for
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -77,6 +78,8 @@ class Making:
                 and operand.dtype == self.dtype
             ):
                 out = operand
+        if self.op is torch.Tensor.__getitem__ and operands[0].device.type != "cpu":
+            operands[1] = _places(operands[1], self.shape)
         device = next((o.device.type for o in operands if isinstance(o, Tensor)), None)
         if device is not None and self.autocast != _autocast(device):
             with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
@@ -88,6 +91,21 @@ class Making:
             out = workspace.empty(self.shape, dtype=self.dtype, device=where)
         into.run(*operands, out=out)
         return out
+
+
+def _places(items: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Places for the first mask among the items of an index: how many there are is known, and need not be waited for.
+
+    Args:
+        items: the index.
+        shape: of what it gives.
+    """
+    at = next((i for i, item in enumerate(items) if isinstance(item, Tensor)), len(items))
+    mask = items[at : at + 1]
+    if not mask or mask[0].dtype != torch.bool or any(item != slice(None) for item in items[:at]):
+        return items
+    places = torch.nonzero_static(mask[0], size=shape[at])
+    return (*items[:at], *places.unbind(1), *items[at + 1 :])
 
 
 def _autocast(device: str) -> torch.dtype | None:
@@ -173,22 +191,25 @@ def _few_rows(
 
 
 def _index_into(table: Tensor, items: tuple[Any, ...], out: Tensor) -> None:
-    index = items[0]
-    # on a CPU the general kernel is slow, and to ask whether any index counts from the end is not
-    if len(items) == 1 and index.device.type == "cpu" and index.numel() and index.min() >= 0:
-        torch.index_select(table, 0, index.reshape(-1), out=out.view(-1, *table.shape[1:]))
+    if len(items) == 1 and table.is_contiguous():
+        kernels_for(table.device).gather(table, items[0].contiguous(), out)
     else:
         torch.ops.aten.index.Tensor_out(table, list(items), out=out)
 
 
+def _select_into(table: Tensor, dim: int, index: Tensor, out: Tensor) -> None:
+    if dim == 0 and table.is_cuda and table.is_contiguous():
+        kernels_for(table.device).gather(table, index.contiguous(), out)
+    else:
+        torch.index_select(table, dim, index, out=out)
+
+
 def _embedding_into(index: Tensor, table: Tensor, out: Tensor) -> None:
-    torch.index_select(table, 0, index.reshape(-1), out=out.view(-1, table.shape[1]))
+    _select_into(table, 0, index.reshape(-1), out.view(-1, table.shape[1]))
 
 
 _GATHERS = {
-    torch.index_select: _Into(
-        torch.index_select, False, lambda table, dim, index: (table, index) if dim == 0 else None
-    ),
+    torch.index_select: _Into(_select_into, False, lambda table, dim, index: (table, index) if dim == 0 else None),
     torch.Tensor.__getitem__: _Into(
         _index_into,
         False,

@@ -258,6 +258,23 @@ def test_sums_in_any_order_are_made_again_where_a_bit_more_does_not_matter(
         assert not torch.equal(compressed, plain)
 
 
+@pytest.mark.parametrize("items", [
+    lambda mask: (mask[0],),
+    lambda mask: (mask[:, :WIDTH].repeat(NODES // 2, 1),),
+    lambda mask: (slice(None), mask[0][:WIDTH]),
+    lambda mask: (slice(0, 5), mask[0][:WIDTH]),
+    lambda mask: (mask[0], torch.arange(int(mask[0].sum())) % WIDTH),
+    lambda mask: (SOURCE[:7],),
+    lambda mask: (slice(None),),
+])  # fmt: skip
+def test_a_mask_as_an_index_is_the_places_where_it_holds(items: Callable[[Tensor], tuple[Any, ...]]) -> None:
+    """As a GPU has it, which would be waited for to count them."""
+    mask = torch.rand(2, NODES, generator=torch.Generator().manual_seed(0)) < 0.3
+    rows, index = table(), items(mask)
+    want = rows[index]
+    assert torch.equal(rows[remaking._places(index, tuple(want.shape))], want)
+
+
 def test_what_can_be_made_again_is_not_held() -> None:
     a, b = table(0), table(1)
     with compress_activations(32):

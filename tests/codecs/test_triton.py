@@ -405,6 +405,23 @@ def test_groups_that_are_kept(which: list[int], dtype: torch.dtype, device: str)
     assert got[lost].isnan().all()
 
 
+@on_device
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("shape", [(100, 64), (7, 4), (3, 1500), (5,), (6, 3, 5), (4, 0)])
+def test_gathered_rows(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = (torch.randn(shape, generator=generator) * 9).to(dtype)
+    for index in (
+        torch.randint(-shape[0], shape[0], (131,), generator=generator),
+        torch.randint(shape[0], (3, 5), generator=generator, dtype=torch.int32),
+        torch.empty(0, dtype=torch.int64),
+    ):
+        want = table[index.long()]
+        got = torch.empty_like(want, device=device)
+        fused.Fused().gather(table.to(device), index.to(device), got)
+        assert torch.equal(got.cpu(), want)
+
+
 @triton.jit
 def divide(x_ptr, divisor_ptr, inverse_ptr, out_ptr, size, SIZE: tl.constexpr):
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)

@@ -91,6 +91,15 @@ class Kernels(Protocol):
             Whether it has been done; False where these kernels leave that to others.
         """
 
+    def gather(self, table: Tensor, index: Tensor, out: Tensor) -> None:
+        """Copy rows of a table.
+
+        Args:
+            table: any dtype, contiguous, shape ``[rows, ...]``.
+            index: which rows, in ``[-rows, rows)``: contiguous int64 or int32, any shape.
+            out: where to put them: contiguous, in the table's dtype, ``[*index.shape, ...]``.
+        """
+
     def pack(self, codes: Tensor, bits: int, out: Tensor) -> None:
         """Pack rows of codes, as :func:`~lightning_tinykg.codecs.packing.pack_codes` does.
 

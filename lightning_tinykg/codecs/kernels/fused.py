@@ -10,13 +10,16 @@ from torch import Tensor
 
 from lightning_tinykg.codecs.cuts import WORDS, Cut
 from lightning_tinykg.codecs.exact_groups import places
-from lightning_tinykg.codecs.kernels import fused_groups, fused_masks
+from lightning_tinykg.codecs.kernels import fused_groups, fused_masks, fused_rows
 from lightning_tinykg.codecs.kernels.reference import Reference
 from lightning_tinykg.codecs.noise import make_key
 from lightning_tinykg.codecs.packing import packed_size
 
 _BLOCK = 1 << 31
 """Positions under one key; no launch goes beyond it, so that 32 bits hold any offset."""
+
+_GATHERED = 4096
+"""Elements that a program gathers."""
 
 _LOOKED_AT = 1024
 """Groups that a program looks at for those that can't be quantized."""
@@ -40,19 +43,18 @@ class Fused:
         zero, scale = _words(zero), _words(scale)
         packed = bits if 8 % bits == 0 else 8
         rows, columns, warps = _shape(group_size, packed, x.itemsize)
-        first = 0
+        first, whole_tensor = 0, start + groups * group_size <= _BLOCK
         while first < groups:
             block, position = divmod(start + first * group_size, _BLOCK)
             whole = min(groups - first, (_BLOCK - position) // group_size)
             # a group that lies in two blocks has a launch of its own
             count = max(whole, 1)
-            part = slice(first, first + count)
+            tensors: tuple[Tensor, ...] = (x, codes, zero, scale)
+            if not whole_tensor:
+                tensors = tuple([t[first : first + count] for t in tensors])
             with _on(x):
                 fused_groups.quantize[(triton.cdiv(count, rows),)](
-                    x[part],
-                    codes[part],
-                    zero[part],
-                    scale[part],
+                    *tensors,
                     count,
                     position,
                     *_key_words(key, block),
@@ -83,19 +85,18 @@ class Fused:
         rows, columns, warps = _shape(group_size, bits, out.itemsize)
         step = _BLOCK // group_size
         for first in range(0, groups, step):
-            part = slice(first, first + step)
-            x = out[part]
-            with _on(x):
-                fused_groups.dequantize[(triton.cdiv(x.shape[0], rows), triton.cdiv(codes.shape[1], columns))](
-                    codes[part],
-                    zero[part],
-                    scale[part],
-                    x,
-                    x.shape[0],
+            tensors: tuple[Tensor, ...] = (codes, zero, scale, out)
+            if groups > step:
+                tensors = tuple([t[first : first + step] for t in tensors])
+            count = min(step, groups - first)
+            with _on(out):
+                fused_groups.dequantize[(triton.cdiv(count, rows), triton.cdiv(codes.shape[1], columns))](
+                    *tensors,
+                    count,
                     GROUP=group_size,
                     BYTES=codes.shape[1],
                     BITS=bits,
-                    LARGEST=float("inf") if x.dtype == torch.float32 else torch.finfo(x.dtype).max,
+                    LARGEST=float("inf") if out.dtype == torch.float32 else torch.finfo(out.dtype).max,
                     ROWS=rows,
                     COLUMNS=columns,
                     num_warps=warps,
@@ -124,6 +125,19 @@ class Fused:
                 index, value.view(word), out.view(word), out.shape[0], GROUP=size, COLUMNS=_columns(size)
             )
         return True
+
+    def gather(self, table: Tensor, index: Tensor, out: Tensor) -> None:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        rows, count, word = table.shape[0], index.numel(), WORDS[table.itemsize]
+        width = table.numel() // max(rows, 1)
+        if not count or not width:
+            return
+        columns = min(triton.next_power_of_2(width), 1024)
+        several = max(1, _GATHERED // columns)
+        with _on(out):
+            fused_rows.gather[(triton.cdiv(count, several), triton.cdiv(width, columns))](
+                table.view(word), index, out.view(word), count, rows, WIDTH=width, ROWS=several, COLUMNS=columns
+            )
 
     def pack(self, codes: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.codecs.cuts import Cut, number_of
+from lightning_tinykg.codecs.kernels.reference import gather_rows
 
 _SOURCE = Path(__file__).with_name("native.c")
 
@@ -91,6 +92,10 @@ class Native:
     def put_back(self, index: Tensor, value: Tensor, out: Tensor) -> bool:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
         return False
+
+    def gather(self, table: Tensor, index: Tensor, out: Tensor) -> None:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        gather_rows(table, index, out)
 
     def pack(self, codes: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
