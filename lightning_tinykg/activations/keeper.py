@@ -23,6 +23,7 @@ from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import RecipeBook
 from lightning_tinykg.activations.rules import (
     ANGLE,
+    DIVISOR,
     EXACT,
     LINEAR,
     MASK,
@@ -179,6 +180,7 @@ class Keeper:
     def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any, computes: bool = True) -> Kept:
         """The cheapest form that serves the rule; ``computes`` tells whether it may be computed again."""
         steady = rule in (EXACT, UNKNOWN)  # a backward may look for what equals a maximum
+        rule = EXACT if rule is DIVISOR else rule
         if rule is WEIGHT:
             rule = EXACT if is_narrow(tensor) else LINEAR
             if rule is EXACT and self.widths.literal:  # a plan is taken at its word, unless exactly takes no more

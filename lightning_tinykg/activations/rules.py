@@ -17,7 +17,8 @@ a ``Side``    asks on which side of a threshold an element lies       1 bit     
 ``NORM``      is one too, and what it normalizes is much used         8 bits                     bounded
 ``ANGLE``     is a periodic function of it                            more bits, of a turn       bounded
 ``UNKNOWN``   is nobody's knowledge: a custom function's              at least 8 bits            not known
-``EXACT``     compares it, divides by it, or needs it as it is        the elements               exact
+``DIVISOR``   divides by it                                           the elements               exact
+``EXACT``     compares it, or needs it as it is                       the elements, as they are  exact
 ============  ======================================================  =========================  ==================
 
 "Unbiased" is said of one op. A tensor that several ops save is rounded once, for all of them; where two of them lie on
@@ -34,6 +35,9 @@ scale.
 What a layer norm or an RMS norm normalizes gets 8 bits at any width, since it pays for itself: by groups that never
 straddle two rows it has a scale for each row, so that the normalized rows are as exact as they are from a code of their
 own, and these, their activation, and what goes into the layers that follow are all made of it again.
+
+What is needed as it is, is not made again of sums over edges on a GPU, which are added up in another order each time: a
+maximum's backward looks for the elements that equal it.
 
 A node that is not in the table is kept exactly if it is one of PyTorch's own, and is ``UNKNOWN`` if it is a custom
 function or a compiled graph. Whoever knows better about a custom function says so in the table:
@@ -66,10 +70,11 @@ class Need(Enum):
     NORM = "norm"
     ANGLE = "angle"
     UNKNOWN = "unknown"
+    DIVISOR = "divisor"
     EXACT = "exact"
 
 
-SHAPE, SIGN, MASK, LINEAR, WEIGHT, SMOOTH, NORM, ANGLE, UNKNOWN, EXACT = Need
+SHAPE, SIGN, MASK, LINEAR, WEIGHT, SMOOTH, NORM, ANGLE, UNKNOWN, DIVISOR, EXACT = Need
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ RULES: dict[str, _Rules] = {
     "Var": _PRODUCT,
     "Std": {"self": LINEAR},
     # a quotient is linear in its numerator alone
-    "Div": {"self": WEIGHT, "other": EXACT},
+    "Div": {"self": WEIGHT, "other": DIVISOR},
     # results whose derivative is themselves
     "Exp": _WEIGHTS,
     "Exp2": _WEIGHTS,

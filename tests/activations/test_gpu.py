@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comparing import weighted
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.nn import GATConv, GCNConv, MaxAggregation, RGCNConv, SAGEConv
@@ -36,6 +35,7 @@ class Model(nn.Module):
         self.nodes = nn.Parameter(torch.randn(NODES, WIDTH, generator=generator))
         self.layers = layers
         self.register_buffer("edges", torch.randint(NODES, (2, EDGES), generator=generator))
+        self.register_buffer("weights", torch.randn(NODES, WIDTH, generator=generator))
         self.register_buffer("types", torch.randint(3, (EDGES,), generator=generator))
 
     def forward(self) -> Tensor:
@@ -43,7 +43,7 @@ class Model(nn.Module):
         for layer in self.layers:
             x = layer(x, self.edges, self.types) if isinstance(layer, RGCNConv) else layer(x, self.edges)
             x = F.dropout(F.gelu(F.layer_norm(x, (WIDTH,))), 0.1)
-        return weighted(x)
+        return (x * self.weights).sum()
 
 
 def made(name: str) -> Model:
@@ -69,11 +69,11 @@ def test_the_gradient(name: str, bits: int, most: float) -> None:
     want, _ = gradient(model, None)
     got, ledger = gradient(model, bits)
     assert ledger is not None
-    assert ledger.stored_bytes < ledger.raw_bytes / 3
+    assert bits == 32 or ledger.stored_bytes < ledger.raw_bytes / 3
     assert (got - want).norm() < most * want.norm()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gcn", "gat", "relations"])
 def test_what_is_kept_is_what_a_cpu_keeps(name: str) -> None:
     """But for a mask of bools in the place of one of floats, and integers, whose values a GPU is not asked for."""
     kept = []
