@@ -78,7 +78,7 @@ class Follower:
         recipe = self.recipes.find(tensor)
         if recipe is None or (recipe.computes and not computes):
             return None
-        if steady and not recipe.steady:
+        if steady and (recipe := recipe.as_it_was()) is None:
             return None
         own = own or least
         bends = rule is SMOOTH and recipe.repeatable.carries is not ROWS  # which is as exact as its argument is

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,10 +89,12 @@ class Recipe:
         dtype: the dtype of what it made.
         nbytes: the bytes of what it made.
         autocast: the dtype of the autocast that it ran under; None if it ran under none.
-        steady: whether it makes the same bits; if not, the order of additions may make a difference.
+        repeats: whether the op makes the same bits of the same arguments.
+        steady: whether it does, and what its arguments are made by.
         makings: by the widths of its ingredients: how it is made again, where a save asks for that.
         work: the bytes that are moved to run the op again, or the time of a matrix product in these.
         computes: whether it, or what it starts from, is more than a gather.
+        to_the_bit: what :meth:`as_it_was` has given.
     """
 
     repeatable: Repeatable
@@ -105,10 +107,12 @@ class Recipe:
     dtype: torch.dtype
     nbytes: int
     autocast: torch.dtype | None
+    repeats: bool
     steady: bool
     makings: dict[tuple[int, ...], weakref.ref[Making]] = field(default_factory=dict)
     work: float = field(init=False)
     computes: bool = field(init=False)
+    to_the_bit: Recipe | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         passes = self.repeatable.passes
@@ -120,6 +124,18 @@ class Recipe:
         made = [i.recipe for i in self.ingredients if i.recipe is not None]
         self.computes = self.repeatable.carries is not SAME or any(recipe.computes for recipe in made)
 
+    def as_it_was(self) -> Recipe | None:
+        """What makes it to the last bit: the same, but from what is not made again in any order; None if it is that."""
+        if self.steady:
+            return self
+        if not self.repeats:
+            return None
+        if self.to_the_bit is None:
+            kept = {i: i if i.recipe is None else replace(i, recipe=i.recipe.as_it_was()) for i in self.ingredients}
+            args, ingredients = _replaced(self.args, kept), list(kept.values())
+            self.to_the_bit = replace(self, args=args, ingredients=ingredients, steady=True, makings={})
+        return self.to_the_bit
+
     def text(self, depth: int = 3) -> str:
         """The ops, from tensors ``x`` that are kept (of an index: from indices ``i``); ``...`` for what is deeper."""
         if depth == 0:
@@ -128,6 +144,13 @@ class Recipe:
         leaf = "x" if self.dtype.is_floating_point else "i"
         found = [leaf if i.recipe is None else i.recipe.text(depth - 1) for i in said]
         return f"{self.repeatable.name}({', '.join(dict.fromkeys(found))})"
+
+
+def _replaced(argument: Any, by: dict[Ingredient, Ingredient]) -> Any:
+    """An argument with other ingredients."""
+    if isinstance(argument, tuple):
+        return tuple([_replaced(item, by) for item in argument])
+    return by[argument] if isinstance(argument, Ingredient) else argument
 
 
 class RecipeBook:
@@ -185,7 +208,8 @@ class RecipeBook:
             made = tuple([self._argument(argument, most, ingredients) for argument in args])
         except _NoIngredient:
             return
-        same, steady = repeatable.carries is SAME, repeatable.is_steady(out)
+        same, repeats = repeatable.carries is SAME, repeatable.repeats(out)
+        steady = repeats
         for ingredient in ingredients:
             if ingredient.recipe is not None and not ingredient.recipe.steady:
                 if repeatable.jumps:  # it wants what the forward had
@@ -213,6 +237,7 @@ class RecipeBook:
             out.dtype,
             out.nbytes,
             autocast,
+            repeats,
             steady,
         )
         self._noted.append(value)

@@ -50,6 +50,7 @@ class Repeatable:
         product: whether it is a matrix product.
         reduces: whether it adds up the rows of its last argument, which is work as well.
         onto_zeros: whether it writes onto its first argument, which has to be zeros that were made for it.
+        rounds: whether it may round otherwise than the op did.
         jumps: whether the least change of an argument may change the result altogether.
     """
 
@@ -63,10 +64,12 @@ class Repeatable:
     reduces: bool = False
     onto_zeros: bool = False
     jumps: bool = False
+    rounds: bool = False
 
-    def is_steady(self, out: Tensor) -> bool:
+    def repeats(self, out: Tensor) -> bool:
         """Whether it makes a result of its own once more to the last bit."""
-        return not self.reduces or out.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        in_order = not self.reduces or out.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        return in_order and not self.rounds
 
 
 REDUCTION_PASSES = 6
@@ -218,5 +221,5 @@ def _mask_and_scale(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 DROPOUT = Repeatable(torch.mul, "dropout", LINEAR, 2, _as_called)
 """Dropout by its mask of two levels, as on a CPU."""
 
-FUSED_DROPOUT = Repeatable(_mask_and_scale, "dropout", LINEAR, 2, _as_called)
-"""Dropout by its bool mask. Its kernel may round otherwise."""
+FUSED_DROPOUT = Repeatable(_mask_and_scale, "dropout", LINEAR, 2, _as_called, rounds=True)
+"""Dropout by its bool mask."""
