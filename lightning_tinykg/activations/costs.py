@@ -207,7 +207,8 @@ class Costs:
             return _FREE
         own = math.inf
         if not gone:  # a coarser code that there is would be replaced
-            own = self._code(ingredient.layout, ingredient.dtype.itemsize, least) - self._coded(ingredient)
+            bits = 8 if self._widths.literal and least < 32 else least  # of all plans the bytes are as reckoned
+            own = self._code(ingredient.layout, ingredient.dtype.itemsize, bits) - self._coded(ingredient)
             # Each relation's sums alone are not worth keeping the table they are made of, all together are. So what was
             # kept in its stead counts for it, where it is not far larger than any of them, and little is lost if it is
             # not asked for again.

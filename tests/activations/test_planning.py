@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch_geometric.nn import GATConv
 
 from lightning_tinykg import BitPlan, Ledger, compress_activations
+from lightning_tinykg.bits import PlanEntry
 from lightning_tinykg.bits.budget import BudgetTooSmall
 
 ROWS, WIDTH = 400, 64
@@ -129,6 +130,19 @@ def test_a_choice_takes_no_more_than_the_bytes_that_were_reckoned(model: type[nn
     assert context.planner is not None
     # what a choice leaves exact may be made of one another, and then takes less
     assert stored[1] == stored[2] <= context.planner.now.stored
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 12])
+@pytest.mark.parametrize("model", [Model, Attention])
+def test_as_much_is_made_again_whatever_the_widths(model: type[nn.Module], bits: int) -> None:
+    """Or a choice would take other bytes than it was reckoned with, and the next one be for less than there are."""
+
+    def kept(bits: int) -> list[tuple[str, str]]:
+        plan = BitPlan([PlanEntry(bits, component="*.*")], default=8)
+        ledger = step(model(), leaf(), compress_activations(plan, min_bytes=0))[1]
+        return [(entry.op, entry.codec.replace(f"int{bits}", "rounded")) for entry in ledger]
+
+    assert kept(bits) == kept(8)
 
 
 def test_a_larger_batch_is_chosen_for_from_the_next_step_on() -> None:

@@ -33,7 +33,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from lightning_tinykg.codecs.kernels import fused, fused_groups, fused_masks
+from lightning_tinykg.codecs.kernels import fused, fused_groups, fused_masks, fused_rows
 
 INF, NAN = float("inf"), float("nan")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -589,3 +589,43 @@ def test_masks_compiled_for_an_h200(bits: int) -> None:
             loads = {name: n for name, n in found.items() if name.startswith("ld.global")}
             assert loads == {"ld.global.v4.b32": 8 // bits}
             assert not any("ftz" in name for name in found)  # denormals are not 0
+
+
+LAUNCHED = {
+    "a gather of wide rows": (fused_rows.gather, {"table_ptr": "*i32", "index_ptr": "*i64", "out_ptr": "*i32"}, 64),
+    "a gather of narrow rows": (fused_rows.gather, {"table_ptr": "*i32", "index_ptr": "*i64", "out_ptr": "*i32"}, 4),
+    "groups put aside": (
+        fused_groups.put_aside,
+        {"x_ptr": "*fp32", "zero_ptr": "*i16", "index_ptr": "*i32", "value_ptr": "*fp32"},
+        64,
+    ),
+    "groups put back": (fused_groups.put_back, {"index_ptr": "*i32", "value_ptr": "*i32", "out_ptr": "*i32"}, 64),
+    "two levels": (fused_masks.pack_two_levels, {"x_ptr": "*fp32", "value_ptr": "*fp32", "out_ptr": "*u8"}, 512),
+}
+"""Kernels that copy, with their pointers and the elements of a row."""
+
+
+@compiled
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_copies_compiled_for_an_h200(name: str) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, pointers, columns = LAUNCHED[name]
+    names = kernel.arg_names
+    constants = {"WIDTH": columns, "GROUP": columns, "COLUMNS": columns, "LOOKED_AT": 1024, "ROWS": 4096 // columns}
+    source = ASTSource(
+        kernel,
+        {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names},
+        {(names.index(name),): value for name, value in constants.items() if name in names},
+        {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers or n in ("count", "size")},
+    )
+    found = instructions(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+    if kernel is fused_rows.gather:  # 16 bytes of a row at a time, however narrow it is
+        assert found["ld.global.v4.b32"] == found["st.global.v4.b32"] == 4096 // (4 * 128)
+    if kernel is fused_masks.pack_two_levels:  # each element is read once
+        assert found["ld.global.v4.b32"] == 8
+        assert not any("ftz" in name for name in found)  # denormals are not 0
+    if kernel is fused_groups.put_aside:  # where there is nothing to put aside, nothing but zero points is read
+        assert found["atom.global.gpu.acq_rel.add.u32"] == 1
