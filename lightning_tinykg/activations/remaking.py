@@ -78,7 +78,7 @@ class Making:
                 and operand.dtype == self.dtype
             ):
                 out = operand
-        if self.op is torch.Tensor.__getitem__ and operands[0].device.type != "cpu":
+        if self.op is torch.Tensor.__getitem__ and operands[0].is_cuda:
             operands[1] = _places(operands[1], self.shape)
         device = next((o.device.type for o in operands if isinstance(o, Tensor)), None)
         if device is not None and self.autocast != _autocast(device):

@@ -32,6 +32,9 @@ class Workspace:
 
     A workspace is freed with the graph: nothing of it is alive during the next forward.
 
+    Attributes:
+        largest: bytes of the largest tensor that was saved.
+
     Example:
         >>> workspace = Workspace()
         >>> first = workspace.empty((1 << 20,), dtype=torch.float32, device=torch.device("cpu"))
@@ -99,7 +102,7 @@ class Workspace:
     def hold(self, making: Making, made: Tensor) -> None:
         """Hold what was made until all saves of it had it.
 
-        That is memory, so the oldest is let go of where all together would be more than the largest is alone.
+        That is memory, so the oldest is let go of where all together would be more than the largest saved tensor.
         """
         making.made = made
         room, kept = max(self.largest, made.nbytes), []

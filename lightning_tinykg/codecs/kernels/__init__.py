@@ -71,7 +71,7 @@ class Kernels(Protocol):
         """Keep the groups that can't be quantized as they are, without waiting for the device.
 
         Args:
-            x: as for :meth:`quantize`; it must not be scratch.
+            x: as for :meth:`quantize`, after it: these kernels must have left it as it was.
             zero: the zero points that it has put.
 
         Returns:
