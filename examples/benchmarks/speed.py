@@ -11,8 +11,8 @@ against the plain step; what is stored, retained after the forward, and the peak
 graph grows and as layers are added. **largest**: the largest graph whose step fits a given memory.
 
 Times are interleaved: one repetition of everything, then the next, after a round that does not count. *x plain* is the
-median of the ratios within each round. Memory is measured in another pass, each step in a process of its own. A graph
-grows in nodes as in edges; with ``--step kgcn``, which samples, it is the batch that grows. No optimizer runs.
+median of the ratios within each round. Memory is measured in another pass, on a CPU each step in a process of its own.
+A graph grows in nodes as in edges; with ``--step kgcn``, which samples, it is the batch that grows. No optimizer runs.
 """
 
 from __future__ import annotations

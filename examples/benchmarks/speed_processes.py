@@ -1,4 +1,4 @@
-"""Steps in processes of their own, so that the peak of their memory is their own, and may be more than there is.
+"""Steps in processes of their own, on a GPU in one: their memory's peak is their own, and may be more than there is.
 
 On the CPU memory is what Linux counts as resident, on a GPU what PyTorch's allocator has handed out.
 """

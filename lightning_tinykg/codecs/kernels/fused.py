@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_tinykg.codecs.cuts import WORDS, Cut
 from lightning_tinykg.codecs.exact_groups import places
 from lightning_tinykg.codecs.kernels import fused_groups, fused_masks, fused_rows
-from lightning_tinykg.codecs.kernels.reference import Reference, gather_rows
+from lightning_tinykg.codecs.kernels.reference import Reference
 from lightning_tinykg.codecs.noise import make_key
 from lightning_tinykg.codecs.packing import packed_size
 
@@ -133,7 +133,7 @@ class Fused:
         if not count or not width:
             return
         if width == 1:  # which PyTorch does faster
-            gather_rows(table, index, out)
+            Reference().gather(table, index, out)
             return
         columns = min(triton.next_power_of_2(width), 1024)
         several = max(1, _GATHERED // columns)

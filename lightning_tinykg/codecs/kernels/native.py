@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.codecs.cuts import Cut, number_of
-from lightning_tinykg.codecs.kernels.reference import gather_rows
+from lightning_tinykg.codecs.kernels.reference import Reference
 
 _SOURCE = Path(__file__).with_name("native.c")
 
@@ -47,8 +47,8 @@ _WORTH_THREADS = 1 << 16
 """Elements below which one thread is faster."""
 
 
-class Native:
-    """Native code, by groups, on as many threads as PyTorch uses.
+class Native(Reference):
+    """Native code, by groups, on as many threads as PyTorch uses. What it has no code for is the reference's.
 
     Raises:
         OSError: if it can't be built: there is no compiler, or it fails.
@@ -84,18 +84,6 @@ class Native:
         )  # fmt: skip
         if failed < 0:
             raise MemoryError("dequantize: no memory for one group's codes")
-
-    def put_aside(self, x: Tensor, zero: Tensor) -> tuple[Tensor, Tensor] | None:
-        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
-        return None
-
-    def put_back(self, index: Tensor, value: Tensor, out: Tensor) -> bool:
-        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
-        return False
-
-    def gather(self, table: Tensor, index: Tensor, out: Tensor) -> None:
-        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
-        gather_rows(table, index, out)
 
     def pack(self, codes: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""

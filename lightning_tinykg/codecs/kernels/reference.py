@@ -84,7 +84,11 @@ class Reference:
 
     def gather(self, table: Tensor, index: Tensor, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
-        gather_rows(table, index, out)
+        # on a CPU the general kernel is slow, and to ask whether any index counts from the end is not
+        if table.device.type == "cpu" and index.numel() and index.min() >= 0:
+            torch.index_select(table, 0, index.view(-1), out=out.view(-1, *table.shape[1:]))
+        else:
+            torch.ops.aten.index.Tensor_out(table, [index], out=out)
 
     def pack(self, codes: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
@@ -132,15 +136,6 @@ def _classes(x: Tensor, cut: Cut) -> Tensor:
     if cut.nan not in (cut.below, cut.within, cut.above):
         put(cut.nan, x != x)
     return codes
-
-
-def gather_rows(table: Tensor, index: Tensor, out: Tensor) -> None:
-    """What :meth:`~lightning_tinykg.codecs.kernels.Kernels.gather` does."""
-    # on a CPU the general kernel is slow, and to ask whether any index counts from the end is not
-    if table.device.type == "cpu" and index.numel() and index.min() >= 0:
-        torch.index_select(table, 0, index.view(-1), out=out.view(-1, *table.shape[1:]))
-    else:
-        torch.ops.aten.index.Tensor_out(table, [index], out=out)
 
 
 def find_level(x: Tensor, value: Tensor) -> bool:
