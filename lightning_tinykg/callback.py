@@ -28,7 +28,8 @@ class TinyKGCallback(Callback):
     is not modified: it can be copied, pickled and saved at any time. The wrapper is taken off at the end of the fit
     and when it fails.
 
-    **Logged metrics**, each training step, to any logger and to ``trainer.callback_metrics``:
+    **Logged metrics**, to any logger each ``log_every_n_steps``, and to ``trainer.callback_metrics``, which also has
+    those of an epoch's last step:
 
     - ``tinykg/bits``: the width in force; of a plan, that of what no entry names; under a budget, the mean.
     - ``tinykg/raw_mib``: what the uncompressed graph would keep alive between forward and backward, MiB.
@@ -209,6 +210,11 @@ class TinyKGCallback(Callback):
             return
         if self.largest is None or self.ledger.raw_bytes > self.largest.raw_bytes:
             self.largest = self.ledger
+        # to log is a third of a millisecond for each metric, so no step does that nobody reads; Lightning's own
+        # callbacks ask in the same way whether loggers are to hear of a step
+        last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if not (last or trainer._logger_connector.should_update_logs):
+            return
         metrics = {
             "tinykg/bits": self._bits,
             "tinykg/raw_mib": self.ledger.raw_bytes / MIB,

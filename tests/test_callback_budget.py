@@ -102,7 +102,7 @@ def test_each_kind_of_step_is_within_the_budget() -> None:
 
 
 def test_metrics() -> None:
-    _, _, watch = fit()
+    _, _, watch = fit(log_every_n_steps=1)
     assert watch.metrics[0]["tinykg/bits"] == watch.metrics[1]["tinykg/bits"] == 8
     for metrics in watch.metrics[2:]:
         assert 1 <= metrics["tinykg/bits"] < 32

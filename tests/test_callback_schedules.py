@@ -1,5 +1,6 @@
 """Bits over time in a Trainer: counted by optimizer steps, resumed where they stopped, the same on all ranks."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,22 @@ def test_the_width_is_logged(tmp_path: Path) -> None:
     lines = (Path(trainer.logger.log_dir) / "metrics.csv").read_text().splitlines()  # type: ignore[union-attr, arg-type]
     column = lines[0].split(",").index("tinykg/bits")
     assert [float(line.split(",")[column]) for line in lines[1:]] == bits
+
+
+def test_a_logger_hears_what_it_asks_for(tmp_path: Path) -> None:
+    """Each third step, besides the last of each epoch, which is there for what monitors it."""
+    trainer, _, bits = fit(Small(), BY_STEP, logger=CSVLogger(tmp_path), log_every_n_steps=3)
+    trainer.logger.save()  # type: ignore[union-attr]
+    with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:  # type: ignore[union-attr, arg-type]
+        rows = list(csv.DictReader(file))
+    assert [(int(row["step"]), float(row["tinykg/bits"])) for row in rows] == [(2, bits[2]), (5, bits[5])]
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_steps": 5, "max_epochs": -1}])
+def test_the_last_width_can_be_monitored(length: dict[str, int]) -> None:
+    trainer, _, bits = fit(Small(), StepAnneal({0: 32, 3: 8, 4: 4, 7: 1}), **length)
+    assert bits[-1] == {8: 1, 5: 4}[len(bits)]
+    assert trainer.callback_metrics["tinykg/bits"] == bits[-1]
 
 
 PLAN = BitPlan({"body": CosineAnneal(8, 1, steps=7), "head": StepAnneal({0: 32, 1: 2}, by="epoch")}, default=4)
