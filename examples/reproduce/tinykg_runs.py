@@ -235,6 +235,8 @@ class Runner:
             numbers = {name: value for name, value in result.items() if isinstance(value, float) and "/" not in name}
             logger.log_metrics({f"result/{name}": value for name, value in numbers.items()})
         shutil.rmtree(unfinished)
+        device = trainer.strategy.root_device
+        result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return result | {"resumed": resumed, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
     def compression(self, case: Case, settings: dict[str, Any], seed: int) -> TinyKGCallback | None:

@@ -94,13 +94,15 @@ def table(rows: list[Row]) -> str:
 
 def commands(rows: list[Row]) -> list[str]:
     """What makes these runs: a command for each set of seeds."""
-    seeds: dict[tuple[int, ...], list[str]] = {}
+    calls: dict[tuple[str, str], list[str]] = {}
     for way, own in by_way(rows).items():
-        seeds.setdefault(tuple(row["seed"] for row in own), []).append(way)
+        for device in dict.fromkeys(row.get("device", "cpu") for row in own):
+            seeds = " ".join(str(row["seed"]) for row in own if row.get("device", "cpu") == device)
+            calls.setdefault((seeds, "" if device == "cpu" else " --accelerator gpu"), []).append(way)
     start = (
         f"python examples/reproduce/tinykg.py --data PATH/TO/DATA --models {rows[0]['model']} --sets {rows[0]['set']}"
     )
-    return [f"{start} --ways {' '.join(ways)} --seeds {' '.join(map(str, some))}" for some, ways in seeds.items()]
+    return [f"{start} --ways {' '.join(ways)} --seeds {seeds}{device}" for (seeds, device), ways in calls.items()]
 
 
 def fill(words: str, rows: list[Row]) -> str:

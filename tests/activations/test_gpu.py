@@ -92,10 +92,12 @@ def test_what_is_kept_is_what_a_cpu_keeps(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gcn", "gat", "relations"])
 def test_nobody_waits(name: str) -> None:
+    """But for what waits uncompressed too."""
     model = made(name).cuda()
-    gradient(model, 8)  # builds the kernels
+    for bits in (None, 8):  # libraries are loaded, kernels built
+        gradient(model, bits)
     plain = waits(model, None)
-    assert waits(model, 8) == plain
+    assert waits(model, 8) <= plain
 
 
 def waits(model: Model, bits: int | None) -> int:
