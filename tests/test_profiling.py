@@ -103,14 +103,18 @@ def assert_same(one: Any, other: Any) -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("kind", [Model, Manual])
-def test_nothing_is_left_of_it(kind: type[Model]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [(Model, "32-true"), (Manual, "32-true"), (Model, "64-true")],  # which moves the model, as a GPU would
+    ids=["model", "manual", "moved"],
+)
+def test_nothing_is_left_of_it(kind: type[Model], precision: str) -> None:
     torch.manual_seed(0)
     model = kind()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)  # that of an accumulation, say
     before = state(model)
-    result = profile(trainer(), model, steps=2)
+    result = profile(trainer(precision=precision), model, steps=2)
     after = state(model)
     for rng in ("python", "numpy"):
         assert before.pop(rng) == after.pop(rng)

@@ -56,8 +56,8 @@ class Undo:
         if tensor.layout != torch.strided or 0 not in tensor.stride():  # PyTorch writes to no expanded tensor
             self._steps.append(partial(_rewrite, tensor, tensor.data, tensor.detach().clone()))
         if tensor.is_leaf:
+            self._remember(tensor.grad)  # first: it has to be where the tensor is, and may have been moved with it
             self._steps.append(partial(setattr, tensor, "grad", tensor.grad))
-            self._remember(tensor.grad)
 
 
 _REMEMBERED = (Tensor, nn.Module, torch.Generator, dict, list, set, tuple, deque)
