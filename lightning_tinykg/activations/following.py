@@ -17,7 +17,7 @@ from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
 from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, ROWS
 from lightning_tinykg.activations.rules import ANGLE, SMOOTH, Rule
-from lightning_tinykg.activations.storages import Layout, node_name
+from lightning_tinykg.activations.storages import Layout, is_plain, node_name
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.codecs.refined import REFINED_BITS
 
@@ -44,7 +44,7 @@ class Follower:
         """A dropout has run, and its mask is kept: that is all it takes to repeat it."""
         x, node = args[0] if args else kwargs.get("input"), cast(Any, out.grad_fn)
         name = "" if node is None else node_name(node)
-        if not isinstance(x, Tensor) or name not in ("Mul", "NativeDropout"):
+        if not isinstance(x, Tensor) or name not in ("Mul", "NativeDropout") or not is_plain(out):
             return
         fused = name == "NativeDropout"
         saved = (node._raw_saved_result1 if fused else node._raw_saved_other).data

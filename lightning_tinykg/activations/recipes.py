@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from lightning_tinykg.activations.remaking import Making
 
 _SWEEP = 16
-"""Recipes after which those whose result is gone are let go of."""
+"""Recipes after which those whose result is gone are let go of, at the least; else a quarter of those that are there:
+to look at all of them each time took longer than to write them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +96,7 @@ class Recipe:
         work: the bytes that are moved to run the op again, or the time of a matrix product in these.
         computes: whether it, or what it starts from, is more than a gather.
         to_the_bit: what :meth:`as_it_was` has given.
+        texts: what :meth:`text` has given.
     """
 
     repeatable: Repeatable
@@ -113,6 +115,7 @@ class Recipe:
     work: float = field(init=False)
     computes: bool = field(init=False)
     to_the_bit: Recipe | None = field(init=False, default=None)
+    texts: dict[int, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         passes = self.repeatable.passes
@@ -140,10 +143,13 @@ class Recipe:
         """The ops, from tensors ``x`` that are kept (of an index: from indices ``i``); ``...`` for what is deeper."""
         if depth == 0:
             return "..."
-        said = [i for i in self.ingredients if i.floating == self.dtype.is_floating_point]
-        leaf = "x" if self.dtype.is_floating_point else "i"
-        found = [leaf if i.recipe is None else i.recipe.text(depth - 1) for i in said]
-        return f"{self.repeatable.name}({', '.join(dict.fromkeys(found))})"
+        if depth not in self.texts:
+            floating = self.dtype.is_floating_point
+            leaf = "x" if floating else "i"
+            said = [i.recipe for i in self.ingredients if i.floating == floating]
+            found = [leaf if recipe is None else recipe.text(depth - 1) for recipe in said]
+            self.texts[depth] = f"{self.repeatable.name}({', '.join(dict.fromkeys(found))})"
+        return self.texts[depth]
 
 
 def _replaced(argument: Any, by: dict[Ingredient, Ingredient]) -> Any:
@@ -165,6 +171,7 @@ class RecipeBook:
         self._values = values
         self._min_bytes = min_bytes
         self._noted: list[Value] = []
+        self._until_sweep = _SWEEP
 
     def find(self, tensor: Tensor) -> Recipe | None:
         """How a tensor, or the tensor that it is a view of, was made; None if it is not known or was changed since."""
@@ -175,12 +182,13 @@ class RecipeBook:
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An op has run: write down how to repeat it, if that can be done."""
         repeatable = REPEATABLE.get(func)
-        if repeatable is not None and is_plain(out) and out.nbytes >= self._min_bytes:
-            if repeatable.onto_zeros and not (args and self._is_zeros(args[0], out)):
-                return
-            described = repeatable.describe(args, kwargs)
-            if described is not None:
-                self.write(repeatable, *described, out)
+        if repeatable is None or not is_plain(out) or out.nbytes < self._min_bytes:
+            return
+        if repeatable.onto_zeros and not (args and self._is_zeros(args[0], out)):
+            return
+        described = repeatable.describe(args, kwargs)
+        if described is not None:
+            self.write(repeatable, *described, out)
 
     def _is_zeros(self, tensor: Any, out: Tensor) -> bool:
         """Whether a tensor is zeros, or was before an op in place made a result of it."""
@@ -197,9 +205,9 @@ class RecipeBook:
             repeatable: the op.
             args: its arguments: tensors, tuples of them, what is kept of a tensor already, anything else.
             kwargs: its keyword arguments; no tensor among them.
-            out: what it made.
+            out: what it made, a plain tensor.
         """
-        if not is_plain(out) or out.nbytes != out.untyped_storage().nbytes() or not out.is_contiguous():
+        if out.nbytes != out.untyped_storage().nbytes() or not out.is_contiguous():
             return
         value = self._values.of(out)
         most = 0 if repeatable.table is None else max(out.nbytes, self._min_bytes)
@@ -241,17 +249,18 @@ class RecipeBook:
             steady,
         )
         self._noted.append(value)
-        if len(self._noted) % _SWEEP == 0:
+        self._until_sweep -= 1
+        if self._until_sweep == 0:
             self._sweep()
 
     def _sweep(self) -> None:
         alive = []
         for value in self._noted:
-            if value.storage.expired():
+            if value.expired:
                 value.recipe = None
             else:
                 alive.append(value)
-        self._noted = alive
+        self._noted, self._until_sweep = alive, max(_SWEEP, len(alive) // 4)
 
     def _argument(self, argument: Any, most: int, ingredients: list[Ingredient]) -> Any:
         """What stands for an argument; a tensor of up to ``most`` bytes is held until the result is gone.

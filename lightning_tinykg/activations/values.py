@@ -6,7 +6,7 @@ nothing to refer to. What an op made while compression was on belongs to the gra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from lightning_tinykg.activations.keeping import Record
     from lightning_tinykg.activations.ledger import Entry
     from lightning_tinykg.activations.recipes import Recipe
+
+
+_expired: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]  # a builtin, of no stub
 
 
 class Value:
@@ -53,6 +56,11 @@ class Value:
         self.wanted = 0
         # weak: what no save holds any more, after a backward within the context, nobody asks for
         self._records: dict[tuple[Any, ...], ref[Record]] = {}
+
+    @property
+    def expired(self) -> bool:
+        """Whether it is gone: as :meth:`StorageWeakRef.expired`, which goes three calls further."""
+        return _expired(self.storage.cdata)
 
     def record(self, layout: Layout, dtype: torch.dtype, version: int) -> Record | None:
         """What is kept of these elements of it, if anything is."""
@@ -130,12 +138,13 @@ class Values:
         for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
             if tensor.requires_grad or not is_plain(tensor):
                 continue
-            storage = storage_id(tensor)
-            if storage in self._by_storage and self._by_storage[storage].users is not None:
+            value = self.of(tensor)
+            if value.users is not None:
                 continue
+            storage = value.storage.cdata
             shared = [t for t in tensors_in(given) if is_plain(t) and storage_id(t) == storage]
             if all(t.requires_grad and not is_weight(t) for t in shared):
-                self.of(tensor).users = False
+                value.users = False
 
     def is_users(self, tensor: Tensor, given: Any, value: Value | None = None) -> bool:
         """Whether a tensor that is about to be kept is the user's own memory, free to refer to.
