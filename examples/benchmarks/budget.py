@@ -60,7 +60,7 @@ def bound(kind: KindOfStep) -> float:
     variance, nbytes = [], []
     for tensor in kind.sensitive:
         of = {option.bits: option for option in tensor.options}
-        elements = 2 * (2 * of[8].nbytes - of[12].nbytes)  # besides, 8 bits have scales and zero points, and 12 twice
+        elements = 2 * (of[12].nbytes - of[8].nbytes)  # bytes of 8 bits without scales and zero points
         nbytes.append(of[8].nbytes + elements * (widths - 8) / 8)
         variance.append(of[8].variance * (255 / (2**widths - 1)) ** 2)
     prices = np.geomspace(1e-12, 1, 1000) * kind.norm**2 / kind.raw * 100  # of a byte

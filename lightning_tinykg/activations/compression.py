@@ -21,8 +21,8 @@ from lightning_tinykg.activations.planning import Planner
 from lightning_tinykg.bits.budget import Budget
 from lightning_tinykg.bits.plan import BitPlan, bits_now
 from lightning_tinykg.bits.schedule import WIDTHS, Schedule, check_bits
+from lightning_tinykg.codecs.affine import CODE_BITS
 from lightning_tinykg.codecs.noise import make_key
-from lightning_tinykg.codecs.refined import LEVELS
 
 RECIPES = ("rules", "paper")
 
@@ -110,7 +110,7 @@ class compress_activations:
         if not isinstance(bits, (Schedule, BitPlan)):
             check_bits(bits)
         plan = bits if isinstance(bits, BitPlan) else BitPlan(default=bits)
-        plan.check_widths(WIDTHS if recipe == "paper" else (*LEVELS, 32), "compress_activations")
+        plan.check_widths(WIDTHS if recipe == "paper" else (*CODE_BITS, 32), "compress_activations")
         if group_size is not None and group_size < 1:
             raise ValueError(f"group_size must be at least 1, or None, got {group_size}")
         if min_bytes < 0:

@@ -23,7 +23,7 @@ from lightning_tinykg.activations.rules import SIGN, Rule, Side
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.values import Value
 from lightning_tinykg.activations.widths import NARROW, Widths
-from lightning_tinykg.codecs.refined import REFINED_BITS
+from lightning_tinykg.codecs.affine import FINE_BITS
 
 
 class Worth(NamedTuple):
@@ -164,7 +164,7 @@ class Costs:
         # the result's range may be far smaller than the arguments': 8 bits of these may be 4 of it, and 12 may be 8
         if carries is BOUNDED or (carries is SATURATES and least <= 4):
             return max(least, 8)
-        return max(least, REFINED_BITS) if carries is SATURATES else 32
+        return max(least, FINE_BITS) if carries is SATURATES else 32
 
     def _is_by_rows(self, recipe: Recipe, ingredient: Ingredient, bits: int) -> bool:
         """Whether each row of what a recipe normalizes has scales of its own."""

@@ -19,7 +19,7 @@ from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, ROWS
 from lightning_tinykg.activations.rules import ANGLE, SMOOTH, Rule
 from lightning_tinykg.activations.storages import Layout, is_plain, node_name
 from lightning_tinykg.activations.widths import Widths
-from lightning_tinykg.codecs.refined import REFINED_BITS
+from lightning_tinykg.codecs.affine import FINE_BITS
 
 
 class Follower:
@@ -85,7 +85,7 @@ class Follower:
         if rule is ANGLE:  # it is rounded by the turn, which what it is made of is not
             least = 32
         elif bends and least > 4 and recipe.computes and not self._widths.literal:
-            least = max(least, REFINED_BITS)  # what enters a function that bends: as exact as 8 bits of itself
+            least = max(least, FINE_BITS)  # what enters a function that bends: as exact as 8 bits of itself
         if (cost := self._costs.of_remaking(recipe, tensor, rule, least, own)) is None:
             return None
         entry.codec = "recipe" if recipe.computes else "gather"

@@ -19,7 +19,6 @@ from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
 from lightning_tinykg.codecs.lossless import Code, RawCode, encode_bool, encode_integers
 from lightning_tinykg.codecs.noise import make_key
-from lightning_tinykg.codecs.refined import round_to
 
 
 class Forms:
@@ -96,7 +95,7 @@ class Forms:
             return encode_integers(run)
         if bits == 32 or self._widths.size(layout, bits) >= run.nbytes:
             return None
-        return round_to(run, bits, key=self.next_key(), group_size=self._widths.group(layout, bits))
+        return quantize(run, bits, key=self.next_key(), group_size=self._widths.group(layout, bits))
 
     def levels(self, tensor: Tensor, layout: Layout, key: Any, encode: Callable[[Tensor], Code], entry: Entry) -> Kept:
         """A side or a sign of each element, shared with every save that asks the same."""

@@ -47,7 +47,7 @@ from lightning_tinykg.activations.values import Values
 from lightning_tinykg.activations.widths import Widths, is_narrow
 from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.bits.plan import BitPlan
-from lightning_tinykg.codecs.affine import FLOAT_DTYPES
+from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
 from lightning_tinykg.codecs.lossless import (
     Code,
     ShapeCode,
@@ -55,7 +55,6 @@ from lightning_tinykg.codecs.lossless import (
     encode_signs,
     encode_two_levels,
 )
-from lightning_tinykg.codecs.refined import round_to
 
 
 class Keeper:
@@ -219,7 +218,7 @@ class Keeper:
             group = self.widths.group(layout, least)
 
             def wrapped(run: Tensor) -> Code:
-                return round_to(run.remainder(2 * math.pi), least, key=self.forms.next_key(), group_size=group)
+                return quantize(run.remainder(2 * math.pi), least, key=self.forms.next_key(), group_size=group)
 
             return self.forms.levels(tensor, layout, (rule, least), wrapped, entry)
         if floating and rule is SIGN:

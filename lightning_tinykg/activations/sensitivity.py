@@ -20,9 +20,8 @@ from lightning_tinykg.activations.keeping import Record
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.bits.budget import Option
 from lightning_tinykg.bits.plan import Place
-from lightning_tinykg.codecs.affine import dequantize, quantize
+from lightning_tinykg.codecs.affine import CODE_BITS, dequantize, quantize
 from lightning_tinykg.codecs.noise import make_key
-from lightning_tinykg.codecs.refined import LEVELS
 
 MEASURED_BITS = (1, 2, 4)
 """The widths that are tried: from 4 bits on a backward is as good as linear in the error, below it need not be."""
@@ -107,11 +106,11 @@ def measure(
 def _options(
     tensors: Sequence[Rounded], variance: dict[int, float], floor: int, size: Callable[[Layout, int], int]
 ) -> Iterable[Option]:
-    for bits in LEVELS:
+    for bits in CODE_BITS:
         if bits >= floor:
             near = bits if bits in variance else 4
             nbytes = sum(size(tensor.layout, bits) for tensor in tensors)
-            yield Option(bits, nbytes, variance[near] * (LEVELS[near] / LEVELS[bits]) ** 2)
+            yield Option(bits, nbytes, variance[near] * ((2**near - 1) / (2**bits - 1)) ** 2)
     yield Option(32, sum(tensor.layout.numel * tensor.itemsize for tensor in tensors), 0.0)
 
 

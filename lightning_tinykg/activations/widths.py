@@ -10,13 +10,12 @@ from torch import Tensor
 from lightning_tinykg.activations.rules import ANGLE, EXACT, NORM, SMOOTH, UNKNOWN, Need, Rule
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.bits.plan import BitPlan, Place, bits_now
-from lightning_tinykg.codecs.affine import FLOAT_DTYPES
-from lightning_tinykg.codecs.refined import REFINED_BITS, rounded_size
+from lightning_tinykg.codecs.affine import CODE_BITS, FINE_BITS, FLOAT_DTYPES, quantized_size
 
-RAISED_BITS = {1: 4, 2: 4, 3: 8, 4: 8, 5: 8, 6: 8, 7: 8, 8: 8, REFINED_BITS: REFINED_BITS}
+RAISED_BITS = {bits: 4 if bits < 3 else max(8, bits) for bits in CODE_BITS}
 """By width: the least width of what enters a backward non-linearly, and of coefficients."""
 
-EXTRAS = {2: 100, 4: 100, 8: 100, REFINED_BITS: 400}
+EXTRAS = {2: 100, 4: 100, 8: 100, FINE_BITS: 400}
 """By width: which part of the raw bytes all extras together may take, for one more tensor to have it: a hundredth."""
 
 NARROW = 16
@@ -116,7 +115,7 @@ class Widths:
 
     def size(self, layout: Layout, bits: int) -> int:
         """The bytes of a run of elements in a width below 32."""
-        return rounded_size(layout.numel, bits, self.group(layout, bits))
+        return quantized_size(layout.numel, bits, self.group(layout, bits))
 
     def _with(self, layout: Layout, bits: int, least: int) -> int:
         return self._extra + self.size(layout, bits) - self.size(layout, least)

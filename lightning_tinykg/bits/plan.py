@@ -17,7 +17,7 @@ from rich.table import Table
 from lightning_tinykg.bits import schedule as schedules
 from lightning_tinykg.bits.schedule import Schedule
 
-PLAN_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32)
+PLAN_WIDTHS = (*range(1, 13), 16, 32)
 """What a plan can ask for. Each user of a plan says which of them it offers."""
 
 

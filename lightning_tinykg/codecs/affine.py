@@ -1,4 +1,4 @@
-r"""The stochastic-rounding group quantizer: 8 to 1 bits.
+r"""The stochastic-rounding group quantizer: 12 to 1 bits.
 
 The quantizer of TinyKG (arXiv 2212.04540), by groups instead of rows: a group of consecutive elements shares a zero
 point ``z`` and a scale ``s``; an element ``x`` becomes the code
@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -32,6 +33,13 @@ from lightning_tinykg.codecs.exact_groups import constants_beyond_float32, keep_
 from lightning_tinykg.codecs.kernels import Kernels, kernels_for
 from lightning_tinykg.codecs.packing import BITS, packed_size
 from lightning_tinykg.codecs.planes import pack_planes, unpack_planes
+
+CODE_BITS = range(1, 13)
+"""The bits of a code."""
+
+FINE_BITS = 12
+"""The finest: between 8 bits and the exact 32 there is a factor of four in bytes, and what decides has to go somewhere.
+Beyond it, half of float32's bits, a code is hardly worth its work."""
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What can be quantized."""
@@ -52,7 +60,7 @@ class AffineCode:
         exact_value: the elements of these groups in the tensor's own dtype, shape ``[k, group_size]``.
         numel: elements of the tensor.
         dtype: dtype of the tensor.
-        bits: 1 to 8.
+        bits: 1 to 12.
         group_size: elements of a group.
     """
 
@@ -124,6 +132,7 @@ class AffineCode:
         return rows[torch.arange(index.numel(), device=index.device), index % per_group]
 
 
+@lru_cache(maxsize=4096)
 def quantized_size(numel: int, bits: int, group_size: int, metadata: torch.dtype = torch.bfloat16) -> int:
     """The bytes of an :class:`AffineCode`, were no group of it kept exactly.
 
@@ -146,11 +155,12 @@ def quantize(
     """Quantize a tensor with stochastic rounding.
 
     It works in chunks: besides the code itself, it needs at most a quarter of the tensor's memory (or half a MiB
-    where that is more); at 3, 5, 6 and 7 bits as much again, since each code is a byte until it is cut into planes.
+    where that is more); at 3, 5, 6 and 7 bits as much again, since each code is a byte until it is cut into planes, and
+    at 9 to 12 bits twice that.
 
     Args:
         tensor: float32, float16, bfloat16 or float64, any shape and strides; read in logical (row-major) order.
-        bits: 1 to 8.
+        bits: 1 to 12.
         key: 64 bits of key for the noise, from :func:`~lightning_tinykg.codecs.noise.make_key`.
         group_size: elements that share a scale and a zero point.
         metadata: dtype of scale and zero point: bfloat16, or float32 as in the paper.
@@ -167,8 +177,8 @@ def quantize(
         >>> code.nbytes < x.nbytes / 3, bool((dequantize(code) - x).abs().max() < 2e-3)
         (True, True)
     """
-    if type(bits) is not int or not 1 <= bits <= 8:
-        raise ValueError(f"bits must be one of 1 to 8, got {bits!r}")
+    if type(bits) is not int or bits not in CODE_BITS:
+        raise ValueError(f"bits must be one of 1 to 12, got {bits!r}")
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"tensor must be one of {FLOAT_DTYPES}, got {tensor.dtype}")
     if group_size < 1:
@@ -187,6 +197,7 @@ def quantize(
     exact_index: list[Tensor] = []
     exact_value: list[Tensor] = []
     kernels, whole_bytes = kernels_for(device), bits in BITS
+    unpacked = torch.int16 if bits > 8 else torch.uint8
 
     for start, chunk, rows in iterate_groups(tensor, group_size, kernels.dtypes):
         first, count = start // group_size, rows.shape[0]
@@ -194,7 +205,7 @@ def quantize(
             (codes, zero, scale) if count == groups else tuple(t[first : first + count] for t in (codes, zero, scale))
         )
         beyond = constants_beyond_float32(chunk, rows) if chunk.dtype == torch.float64 else None
-        place = parts[0] if whole_bytes else torch.empty(rows.shape, dtype=torch.uint8, device=device)
+        place = parts[0] if whole_bytes else torch.empty(rows.shape, dtype=unpacked, device=device)
         exact = kernels.quantize(rows, key, start, bits, place, *parts[1:])  # which may use the rows as scratch
         if not whole_bytes:
             pack_planes(place, bits, parts[0])
@@ -273,7 +284,7 @@ def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
         direct = reads and place.numel() == numel
         x = place if direct else torch.empty(numel, dtype=dtype if reads else torch.float32, device=device)
         codes = code.codes[part] if divides else unpack_planes(code.codes[part], code.bits, group_size)
-        bits = code.bits if divides else 8
+        bits = code.bits if divides else 8 * codes.itemsize
         kernels.dequantize(codes, code.zero[part], code.scale[part], bits, x.view(-1, group_size))
         if not direct:
             if dtype.itemsize == 2:  # rounded outward, the ends may lie beyond what a narrow dtype holds

@@ -21,7 +21,7 @@ def quantize_parts(tensor: Tensor, bits: int, key: int, group_size: int, metadat
 
     Args:
         tensor: the tensor.
-        bits: 1 to 8.
+        bits: 1 to 12.
         key: 64 bits of key, as a signed integer.
         group_size: elements that share a scale and a zero point.
         metadata: dtype of scale and zero point.
@@ -59,7 +59,7 @@ def dequantize_parts(
         exact_index: places of the groups that are kept as they are.
         exact_value: their elements, shape ``[k, group_size]``, in the tensor's dtype.
         numel: elements of the tensor.
-        bits: 1 to 8.
+        bits: 1 to 12.
 
     Returns:
         Shape ``[numel]``.

@@ -16,7 +16,7 @@ def cut_planes(codes: Tensor, bits: int) -> Iterator[Tensor]:
     """Pack rows of codes, plane by plane.
 
     Args:
-        codes: uint8, or int32 for more than 8 bits; shape ``[rows, count]``.
+        codes: uint8, or int16 or int32 for more than 8 bits; shape ``[rows, count]``.
         bits: a key of :data:`~lightning_tinykg.codecs.packing.PLANES`.
 
     Yields:
@@ -45,11 +45,12 @@ def pack_planes(codes: Tensor, bits: int, out: Tensor) -> None:
     """Pack rows of codes, a chunk at a time, the bytes of the planes side by side.
 
     Args:
-        codes: uint8, shape ``[rows, count]``.
-        bits: 1 to 8.
+        codes: uint8, or int16 for more than 8 bits; shape ``[rows, count]``.
+        bits: 1 to 12.
         out: where to put the bytes: uint8, shape ``[rows, packed_size(count, bits)]``.
     """
-    step = max(1, 4 * chunk_elements(codes.device) // max(codes.shape[1], 1))  # a code is a quarter of an element
+    # a code is a quarter of an element, or half of one
+    step = max(1, 4 * chunk_elements(codes.device) // (codes.itemsize * max(codes.shape[1], 1)))
     for some, place in zip(codes.split(step), out.split(step), strict=True):
         first = 0
         for plane in cut_planes(some, bits):
@@ -62,24 +63,25 @@ def unpack_planes(packed: Tensor, bits: int, count: int) -> Tensor:
 
     Args:
         packed: uint8, shape ``[rows, packed_size(count, bits)]``.
-        bits: 1 to 8.
+        bits: 1 to 12.
         count: codes of a row.
 
     Returns:
-        uint8, shape ``[rows, count]``.
+        uint8, or int16 for more than 8 bits; shape ``[rows, count]``.
 
     Example:
         >>> unpack_planes(torch.tensor([[18, 3]], dtype=torch.uint8), bits=5, count=2)
         tensor([[5, 3]], dtype=torch.uint8)
     """
-    codes = packed.new_empty(packed.shape[0], count)
+    codes = packed.new_empty(packed.shape[0], count, dtype=torch.int16 if bits > 8 else torch.uint8)
     first, shift = 0, bits
     for width in PLANES[bits]:
         size, shift = packed_size(count, width), shift - width
-        part = unpack_codes(packed[:, first : first + size], width)[:, :count]
+        part = packed[:, first : first + size]
+        part = part if width == 8 else unpack_codes(part, width)[:, :count]
         if first:
             codes |= part << shift if shift else part
         else:
-            torch.bitwise_left_shift(part, shift, out=codes)
+            torch.bitwise_left_shift(part.to(codes.dtype), shift, out=codes)
         first += size
     return codes

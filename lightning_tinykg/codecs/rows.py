@@ -22,7 +22,7 @@ from lightning_tinykg.codecs.uniform import nearest_codes
 
 __all__ = ["ROW_BITS", "PackedRows", "row_chunks", "rows_nbytes"]
 
-ROW_BITS = (*PLANES, 32)
+ROW_BITS = (*range(1, 9), 16, 32)
 """The widths a row can have; 32 is the floats as they are."""
 
 

@@ -257,6 +257,7 @@ def test_a_fit_does_not_grow(bits: int) -> None:
         callbacks=[TinyKGCallback(bits, min_bytes=0, summary=False), count],
         max_epochs=1,
         logger=False,
+        log_every_n_steps=1,  # in the first steps, too, since the first time imports what it takes
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

@@ -78,4 +78,4 @@ def test_at_8_bits_small_tensors_get_12_within_a_400th_of_the_raw_bytes() -> Non
         for count in rows:
             (made(torch.randn(count, 64).requires_grad_()) @ weight).sum()
     kept = [entry.codec for entry in ledger.entries if entry.op == "Mm.self"]
-    assert kept == ["int8", "int12", "int8", "int8", "int8"]
+    assert kept == ["int8", "int12", "int12", "int8", "int8"]  # each takes 3,200 bytes more, of 2.6 million

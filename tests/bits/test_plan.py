@@ -90,7 +90,10 @@ entries:
         ("entires: []", r"a plan has 'default' and 'entries', got \['entires'\]"),
         ("entries: [{layer: a}]", "entry 0 of a plan has layer, component, topology and bits"),
         ("entries: [{layer: a, bits: 2, where: b}]", "entry 0 of a plan"),
-        ("entries: [{layer: a, bits: 11}]", "must be one of 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, or a schedule, got 11"),
+        (
+            "entries: [{layer: a, bits: 13}]",
+            "must be one of 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 32, or a schedule",
+        ),
         ("entries: [{layer: a, bits: {schedule: Nothing}}]", "schedule must be one of"),
         ("entries: [{layer: a, bits: {schedule: LinearAnneal, begin: 8}}]", "begin"),
         ("just text", "a plan has 'default' and 'entries', got 'just text'"),

@@ -45,7 +45,7 @@ def test_what_is_drawn_is_offered_and_small_plans_are_among_it() -> None:
         ({"a": ()}, r"choices\['a'\] must be some widths, such as \(2, 4, 8\), got \(\)"),
         ({"a": 4}, r"choices\['a'\] must be some widths, .* got 4"),
         ({"a": (2, 3.5)}, "bits of a must be one of .* got 3.5"),
-        ({"a": (2, 9)}, "bits of a must be one of .* got 9"),
+        ({"a": (2, 13)}, "bits of a must be one of .* got 13"),
     ],
 )
 def test_what_is_no_space(choices: Any, message: str) -> None:

@@ -26,7 +26,7 @@ from lightning_tinykg.codecs.packing import BITS, packed_size
 
 CPU = torch.device("cpu")
 INF, NAN = math.inf, math.nan
-ALL_BITS = range(1, 9)
+ALL_BITS = range(1, 13)
 EXTREMES = (0.0, -0.0, INF, -INF, NAN, 3e38, -3e38, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 0.1, 2.0**-100, 65504.0)
 
 
@@ -108,6 +108,7 @@ def test_same_noise_at_positions_beyond_two_to_the_31(bits: int, group_size: int
     x, found = torch.randn(60, group_size), []
     for name in ("native", "reference"):
         codes = torch.empty(60, packed_size(group_size, bits if bits in BITS else 8), dtype=torch.uint8)
+        codes = torch.empty(60, group_size, dtype=torch.int16) if bits > 8 else codes
         zero, scale = torch.empty(60, dtype=torch.bfloat16), torch.empty(60, dtype=torch.bfloat16)
         with use(name):
             kernels_for(CPU).quantize(x.clone(), make_key(3), start, bits, codes, zero, scale)

@@ -143,10 +143,11 @@ def odd_groups(count: int, group_size: int, dtype: torch.dtype) -> Tensor:
 def compare(x: Tensor, start: int, bits: int, metadata: torch.dtype, device: str) -> None:
     """What the kernels make of groups, as they are, is what the reference makes of their float32 copy on the CPU."""
     count, group_size = x.shape
-    packed = bits if bits in BITS else 8
+    packed = 16 if bits > 8 else bits if bits in BITS else 8
+    word, columns = (torch.int16, group_size) if bits > 8 else (torch.uint8, packed_size(group_size, packed))
     made = []
     for maker, rows in ((Reference(), x.to(torch.float32, copy=True)), (fused.Fused(), x.to(device))):
-        codes = torch.full((count, packed_size(group_size, packed)), 77, dtype=torch.uint8, device=rows.device)
+        codes = torch.full((count, columns), 77, dtype=word, device=rows.device)
         zero, scale = (torch.full((count,), 7, dtype=metadata, device=rows.device) for _ in range(2))
         before = rows.clone()
         maker.quantize(rows, KEY, start, bits, codes, zero, scale)
@@ -176,10 +177,12 @@ def test_same_bits(dtype: torch.dtype, metadata: torch.dtype, device: str) -> No
 
 
 @on_device
-@pytest.mark.parametrize("bits", [3, 5, 6, 7])
-def test_codes_that_do_not_divide_a_byte_are_left_in_one(bits: int, device: str) -> None:
-    for group_size, dtype in ((64, torch.float32), (44, torch.bfloat16)):
-        compare(odd_groups(40, group_size, dtype), (1 << 31) - 500, bits, torch.bfloat16, device)
+@pytest.mark.parametrize("bits", [3, 5, 6, 7, 9, 12])
+def test_codes_that_do_not_divide_a_byte_are_left_in_one_or_two(bits: int, device: str) -> None:
+    for group_size, dtype in ((64, torch.float32), (44, torch.bfloat16), (1, torch.float32), (1000, torch.float16)):
+        for metadata in METADATA:
+            compare(odd_groups(40, group_size, dtype), (1 << 31) - 500, bits, metadata, device)
+            compare(odd_groups(40, group_size, dtype), 0, bits, metadata, device)
 
 
 @on_device
@@ -236,7 +239,7 @@ def test_narrow_constants(dtype: torch.dtype, device: str) -> None:
 
 
 @on_device
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, 12])
 def test_nothing_lies_beyond_the_last_level(bits: int, device: str) -> None:
     """Divided by a rounded scale, a largest element may: there, and where the noise is least, a code would wrap."""
     x = torch.randn(100_000, 2, generator=torch.Generator().manual_seed(1))
@@ -483,14 +486,20 @@ def build(kernel: object, dtype: torch.dtype, group_size: int, bits: int, metada
     element = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     constants = {
         "GROUP": group_size,
-        "BYTES": packed_size(group_size, bits),
+        "BYTES": group_size if bits == 16 else packed_size(group_size, bits),
         "BITS": bits,
         "STRADDLES": False,
         "LARGEST": INF if dtype == torch.float32 else torch.finfo(dtype).max,
         "ROWS": rows,
         "COLUMNS": columns,
     }
-    pointers = {"x_ptr": element, "out_ptr": element, "codes_ptr": "*u8", "zero_ptr": word, "scale_ptr": word}
+    pointers = {
+        "x_ptr": element,
+        "out_ptr": element,
+        "codes_ptr": "*i16" if bits == 16 else "*u8",
+        "zero_ptr": word,
+        "scale_ptr": word,
+    }
     names = kernel.arg_names
     source = ASTSource(
         kernel,
@@ -501,7 +510,7 @@ def build(kernel: object, dtype: torch.dtype, group_size: int, bits: int, metada
     options = {"num_warps": warps, "enable_fp_fusion": False}
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert len(built.asm["cubin"]) > 1000
-    return built.asm["ptx"], rows * columns * (8 // bits) // (32 * warps)
+    return built.asm["ptx"], rows * columns * max(8 // bits, 1) // (32 * warps)
 
 
 @pytest.fixture
@@ -535,6 +544,7 @@ def check_arithmetic(found: Counter[str], contracted: int) -> None:
         (torch.float16, 32, 4),
         (torch.float32, 32, 1),
         (torch.float32, 64, 8),
+        (torch.float32, 64, 16),
         (torch.float32, 44, 2),
     ],
 )
@@ -545,7 +555,8 @@ def test_compiled_for_an_h200(dtype: torch.dtype, group_size: int, bits: int) ->
     check_arithmetic(found, 3 * elements)
     if vectors:  # each element is read once, 16 bytes at a time, and the groups' first ones once more
         loads = {name: n for name, n in found.items() if name.startswith("ld.global")}
-        assert sum(loads.values()) == elements * dtype.itemsize // 16 + 1, loads
+        firsts = 2 if bits == 16 else 1
+        assert sum(loads.values()) == elements * dtype.itemsize // 16 + firsts, loads
         assert loads["ld.global.v4.b32"] == elements * dtype.itemsize // 16, loads
 
     ptx, elements = build(fused_groups.dequantize, dtype, group_size, bits, torch.bfloat16)

@@ -45,8 +45,9 @@ class Kernels(Protocol):
             x: contiguous, shape ``[groups, group_size]``; one of ``dtypes``, or float32 scratch that may be changed.
             key: key of the noise.
             start: position in the tensor of the first element, where its noise begins.
-            bits: 1 to 8. Codes of a width that does not divide a byte are left in a byte each.
-            codes: where to put the codes: uint8, contiguous, shape ``[groups, bytes of a group]``.
+            bits: 1 to 12. Codes of a width that does not divide a byte are left in a byte each, or in two.
+            codes: where to put the codes: contiguous, uint8 of shape ``[groups, bytes of a group]``; for more than 8
+                bits int16 of shape ``[groups, group_size]``.
             zero: where to put the zero points: bfloat16 or float32, contiguous, shape ``[groups]``. NaN is put for a
                 group that can't be quantized; the scale of such a group is 1, its codes are 0.
             scale: where to put the scales, likewise.
@@ -62,7 +63,7 @@ class Kernels(Protocol):
             codes: as :meth:`quantize` made them.
             zero: likewise.
             scale: likewise.
-            bits: 1, 2, 4 or 8.
+            bits: 1, 2, 4 or 8; 16 for codes in two bytes each.
             out: where to put the elements: contiguous, shape ``[groups, group_size]``; one of ``dtypes``, or float32.
                 In a narrower dtype, what lies beyond its finite values becomes the nearest of these.
         """

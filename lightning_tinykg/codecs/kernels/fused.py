@@ -13,7 +13,6 @@ from lightning_tinykg.codecs.exact_groups import places
 from lightning_tinykg.codecs.kernels import fused_groups, fused_masks, fused_rows
 from lightning_tinykg.codecs.kernels.reference import Reference
 from lightning_tinykg.codecs.noise import make_key
-from lightning_tinykg.codecs.packing import packed_size
 
 _BLOCK = 1 << 31
 """Positions under one key; no launch goes beyond it, so that 32 bits hold any offset."""
@@ -41,7 +40,7 @@ class Fused:
             Reference().quantize(x.to(torch.float32, copy=True), key, start, bits, codes, zero, scale)
             return None
         zero, scale = _words(zero), _words(scale)
-        packed = bits if 8 % bits == 0 else 8
+        packed = 16 if bits > 8 else bits if 8 % bits == 0 else 8
         rows, columns, warps = _shape(group_size, packed, x.itemsize)
         first, whole_tensor = 0, start + groups * group_size <= _BLOCK
         while first < groups:
@@ -82,6 +81,7 @@ class Fused:
             out.copy_(wide.clamp_(finfo.min, finfo.max))
             return
         zero, scale = _words(zero), _words(scale)
+        bits = 16 if bits > 8 else bits
         rows, columns, warps = _shape(group_size, bits, out.itemsize)
         step = _BLOCK // group_size
         for first in range(0, groups, step):
@@ -229,14 +229,14 @@ def _signed(word: int) -> int:
 
 
 def _shape(group_size: int, bits: int, itemsize: int) -> tuple[int, int, int]:
-    """Groups of a program, bytes of a group that it makes at a time, and its warps.
+    """Groups of a program, bytes of a group that it makes at a time (or pairs of them), and its warps.
 
     Each of 128 threads loads 16 bytes of every plane, and four times at least: that much is under way at a time, and
     the registers hold it between its two uses. A larger group gets more threads, then more elements for each, then is
     read twice.
     """
-    lanes = 8 // bits
-    columns = min(triton.next_power_of_2(packed_size(group_size, bits)), 16384 // lanes)
+    lanes = max(8 // bits, 1)
+    columns = min(triton.next_power_of_2(-(-group_size // lanes)), 16384 // lanes)
     warp_bytes = 32 * 16 * max(4, lanes)
     elements = max(lanes * columns, 4 * warp_bytes // itemsize)
     return elements // (lanes * columns), columns, min(16, elements * itemsize // warp_bytes)

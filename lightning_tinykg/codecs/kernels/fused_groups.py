@@ -66,8 +66,8 @@ def quantize(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Quantize ``ROWS`` groups, ``COLUMNS`` bytes of each at a time."""
-    LANES: tl.constexpr = 8 // BITS
+    """Quantize ``ROWS`` groups, ``COLUMNS`` bytes of each at a time; of 16 bits, pairs of bytes."""
+    LANES: tl.constexpr = 8 // BITS if BITS < 8 else 1
     PADDED: tl.constexpr = GROUP < LANES * BYTES or BYTES % COLUMNS != 0
     NARROW: tl.constexpr = zero_ptr.dtype.element_ty == tl.int16
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -140,8 +140,9 @@ def quantize(
                 packed += code * 2.0 ** (lane * BITS)
         byte = tl.where(finite[:, None], packed, 0.0).to(tl.int32)
         if NARROW:
-            byte = tl.where(constant[:, None], (bit * (255 // (2**BITS - 1)))[:, None], byte)
-        tl.store(codes_ptr + (row * BYTES + column), byte.to(tl.uint8), mask=valid[:, None] & (column < BYTES))
+            byte = tl.where(constant[:, None], (bit * (255 // (2**BITS - 1) if BITS < 8 else 1))[:, None], byte)
+        byte = byte.to(codes_ptr.dtype.element_ty)
+        tl.store(codes_ptr + (row * BYTES + column), byte, mask=valid[:, None] & (column < BYTES))
     tl.store(zero_ptr + rows, zero_word.to(zero_ptr.dtype.element_ty), mask=valid)
     tl.store(scale_ptr + rows, scale_word.to(scale_ptr.dtype.element_ty), mask=valid)
 
@@ -248,8 +249,8 @@ def dequantize(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Restore ``ROWS`` groups, ``COLUMNS`` bytes of each; nothing larger than ``LARGEST``."""
-    LANES: tl.constexpr = 8 // BITS
+    """Restore ``ROWS`` groups, ``COLUMNS`` bytes of each, or pairs of them; nothing larger than ``LARGEST``."""
+    LANES: tl.constexpr = 8 // BITS if BITS < 8 else 1
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < groups
     zero_word = tl.load(zero_ptr + row, mask=valid, other=0).to(tl.int32)

@@ -101,15 +101,26 @@ INLINE void unpack(const uint8_t *restrict bytes, uint8_t *restrict code, int64_
     UNPACK(uint8_t)
 }
 
-/* Stochastic rounding of elements whose noise starts at a position. */
-INLINE void round_some(const float *restrict x, int64_t size, int32_t top, float zero, float scale, Key key,
-                       uint32_t position, uint8_t *restrict code) {
-    for (int64_t i = 0; i < size; i++) {
-        const float p = (x[i] - zero) / scale; /* never below 0, and by rounding only above the top */
-        const int32_t level = (int32_t)p;
-        const int32_t rounded = level + (uniform(position + (uint32_t)i, key) < p - (float)level);
-        code[i] = (uint8_t)(rounded < top ? rounded : top);
+/* Stochastic rounding of elements whose noise starts at a position, to codes in a byte each, or in two. */
+#define ROUND(name, type)                                                                                       \
+    INLINE void name(const float *restrict x, int64_t size, int32_t top, float zero, float scale, Key key,      \
+                     uint32_t position, type *restrict code) {                                                  \
+        for (int64_t i = 0; i < size; i++) {                                                                    \
+            const float p = (x[i] - zero) / scale; /* never below 0, and by rounding only above the top */      \
+            const int32_t level = (int32_t)p;                                                                   \
+            const int32_t rounded = level + (uniform(position + (uint32_t)i, key) < p - (float)level);          \
+            code[i] = (type)(rounded < top ? rounded : top);                                                    \
+        }                                                                                                       \
     }
+ROUND(round_to_bytes, uint8_t)
+ROUND(round_to_pairs, uint16_t)
+
+INLINE void round_some(const float *x, int64_t size, int32_t top, float zero, float scale, Key key, uint32_t position,
+                       int bits, uint8_t *code) {
+    if (bits == 16)
+        round_to_pairs(x, size, top, zero, scale, key, position, (uint16_t *)code);
+    else
+        round_to_bytes(x, size, top, zero, scale, key, position, code);
 }
 
 /* Returns whether the group can't be quantized. */
@@ -144,6 +155,8 @@ INLINE int quantize_group(const float *restrict x, int64_t size, int bits, int32
     if (low == high && !wide) { /* the 32 bits of a constant, spread over zero point, scale and codes */
         uint32_t word = (uint32_t)word_of(x[0]);
         memset(bytes, word & 1 ? (bits == 1 ? 0xff : bits == 2 ? 0x55 : bits == 4 ? 0x11 : 1) : 0, m);
+        if (bits == 16)
+            for (int64_t i = 0; i < size; i++) ((uint16_t *)bytes)[i] = word & 1;
         ((uint16_t *)zeros)[group] = (uint16_t)(word >> 16);
         ((uint16_t *)scales)[group] = (uint16_t)(0x8000u | ((word & 0xffffu) >> 1));
         return 0;
@@ -151,14 +164,16 @@ INLINE int quantize_group(const float *restrict x, int64_t size, int bits, int32
     put_metadata(zeros, group, zero, wide);
     put_metadata(scales, group, scale, wide);
     const int64_t within = (int64_t)(BLOCK - (start & (BLOCK - 1)));
+    if (bits == 16) code = bytes; /* they stay in two bytes each */
     if (within >= size) {
-        round_some(x, size, most_code, zero, scale, block_key, (uint32_t)(start & (BLOCK - 1)), code);
+        round_some(x, size, most_code, zero, scale, block_key, (uint32_t)(start & (BLOCK - 1)), bits, code);
     } else
         for (int64_t i = 0; i < size; i++) {
             const uint64_t place = start + (uint64_t)i;
             round_some(x + i, 1, most_code, zero, scale, key_of(key, place / BLOCK), (uint32_t)(place & (BLOCK - 1)),
-                       code + i);
+                       bits, code + (bits == 16 ? 2 * i : i));
         }
+    if (bits == 16) return 0;
     for (int64_t i = size; i < m * (8 / bits); i++) code[i] = 0;
     pack(code, bytes, m, bits);
     return 0;
@@ -170,6 +185,11 @@ INLINE void dequantize_group(const uint8_t *restrict bytes, int64_t size, int bi
         const uint32_t marked = (uint32_t)word_of(scale) >> 16;
         const float constant = float_of((int32_t)((uint32_t)word_of(zero) | (marked & 0x7fffu) << 1 | (bytes[0] & 1)));
         for (int64_t i = 0; i < size; i++) x[i] = constant;
+        return;
+    }
+    if (bits == 16) {
+        const uint16_t *restrict pairs = (const uint16_t *)bytes;
+        for (int64_t i = 0; i < size; i++) x[i] = (float)pairs[i] * scale + zero;
         return;
     }
     unpack(bytes, code, m, bits);
@@ -188,7 +208,7 @@ typedef struct {
 
 INLINE int64_t quantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, uint8_t *code) {
     const int64_t m = (size * bits + 7) / 8;
-    const int32_t most_code = bits == 8 ? (1 << g->bits) - 1 : (1 << bits) - 1; /* bytes may hold narrower codes */
+    const int32_t most_code = bits >= 8 ? (1 << g->bits) - 1 : (1 << bits) - 1; /* bytes may hold narrower codes */
     uint64_t block = (g->start + (uint64_t)(first * size)) / BLOCK;
     Key block_key = key_of(g->key, block);
     int64_t exact = 0;
@@ -210,7 +230,7 @@ INLINE int64_t dequantize_range(const Groups *g, int64_t first, int64_t last, in
 }
 
 /* One copy of the code for each width, and for the sizes that groups mostly have: with both known, it is vectorized.
- * Codes of 3, 5, 6 and 7 bits are left in bytes. */
+ * Codes of 3, 5, 6 and 7 bits are left in bytes, those of more than 8 in two bytes each. */
 #define BY_SIZE(range, bits)                                     \
     switch (g->size) {                                           \
     case 16: return range(g, first, last, 16, bits, code);       \
@@ -223,7 +243,8 @@ INLINE int64_t dequantize_range(const Groups *g, int64_t first, int64_t last, in
     case 1: BY_SIZE(range, 1)                                    \
     case 2: BY_SIZE(range, 2)                                    \
     case 4: BY_SIZE(range, 4)                                    \
-    default: BY_SIZE(range, 8)                                   \
+    case 3: case 5: case 6: case 7: case 8: BY_SIZE(range, 8)    \
+    default: BY_SIZE(range, 16)                                  \
     }
 
 static int64_t quantize_some(const Groups *g, int64_t first, int64_t last, uint8_t *code) { BY_BITS(quantize_range) }

@@ -55,7 +55,7 @@ class Reference:
         x.sub_(level)
         noise = uniform(key, start, count * group_size, x.device).view(count, group_size)
         padded_group = codes.shape[1] * 8 // packed  # a group whose codes do not fill whole bytes is padded to do so
-        code = torch.empty(count, padded_group, dtype=torch.uint8, device=x.device)
+        code = torch.empty(count, padded_group, dtype=codes.dtype, device=x.device)
         if padded_group > group_size:
             code[:, group_size:] = 0
         torch.add(level, noise < x, out=level)
@@ -69,7 +69,7 @@ class Reference:
 
     def dequantize(self, codes: Tensor, zero: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
-        levels = unpack_codes(codes, bits)[:, : out.shape[1]]
+        levels = codes if bits > 8 else unpack_codes(codes, bits)[:, : out.shape[1]]
         torch.mul(levels, scale.float()[:, None], out=out).add_(zero.float()[:, None])
         if scale.dtype == torch.bfloat16:
             _restore_constants(out, zero, scale, levels)
@@ -181,7 +181,7 @@ def _spread_constants(
     marked = ((lower >> 1) - (1 << 15)).to(torch.int16)
     zero = torch.where(constant, upper, zero.view(torch.int16)).view(torch.bfloat16)
     scale = torch.where(constant, marked, scale.view(torch.int16)).view(torch.bfloat16)
-    code.copy_(torch.where(constant[:, None], (lower & 1).to(torch.uint8)[:, None], code))
+    code.copy_(torch.where(constant[:, None], (lower & 1).to(code.dtype)[:, None], code))
     return zero, scale
 
 
