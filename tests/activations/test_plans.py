@@ -139,7 +139,7 @@ def test_a_constant_plan_is_the_width() -> None:
 def test_widths_that_there_are_not() -> None:
     with pytest.raises(
         ValueError,
-        match="bits of compress_activations must be one of 1, 2, 3, .*, 10, 11, 12, 32, got 16 in the plan",
+        match=r"bits of compress_activations must be one of 1, 2, 3, .*, 10, 11, 12, 32, got 16 in the plan",
     ):
         compress_activations(BitPlan({"head": 16}))
     with pytest.raises(ValueError, match="bits of compress_activations must be one of 1, 2, 4, 8, 32, got 3 in the"):
