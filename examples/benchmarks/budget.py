@@ -8,7 +8,7 @@ For each step, width and seed (of the graph and the weights): the error of the g
 and, with as many bytes as that took for a budget, the error at the bits that are chosen, and the error that the choice
 predicted. *Every float*: one width for all that is rounded, taken literally, without the rules' extra bits; with
 `--bytes-of uniform` the budget is what that takes, and the gain is over it. *Bound*: the least that is predicted of any
-choice in as many bytes, if every number of bits were a width, whole or not.
+choice in as many bytes, even if each element of a tensor had a width of its own, of those that there are.
 """
 
 from __future__ import annotations
@@ -55,17 +55,13 @@ def chosen(step: Step, budget: int) -> tuple[compress_activations, float]:
 
 
 def bound(kind: KindOfStep) -> float:
-    """The least error of any choice in as many bytes, if all numbers from 1 to 24 were widths: Lagrange's bound."""
-    widths = np.linspace(1, 24, 2301)
-    variance, nbytes = [], []
+    """The least error of any choice in as many bytes, were each element to have its own width: Lagrange's bound."""
+    prices = np.geomspace(1e-12, 1e6, 4000) * kind.norm**2 / kind.raw  # of a byte; any gives a bound, the best the most
+    least = -prices * (kind.target - kind.fixed)
     for tensor in kind.sensitive:
-        of = {option.bits: option for option in tensor.options}
-        elements = 2 * (of[12].nbytes - of[8].nbytes)  # bytes of 8 bits without scales and zero points
-        nbytes.append(of[8].nbytes + elements * (widths - 8) / 8)
-        variance.append(of[8].variance * (255 / (2**widths - 1)) ** 2)
-    prices = np.geomspace(1e-12, 1, 1000) * kind.norm**2 / kind.raw * 100  # of a byte
-    least = [(np.array(variance) + price * np.array(nbytes)).min(axis=1).sum() for price in prices]
-    return math.sqrt(max(np.array(least) - prices * (kind.target - kind.fixed))) / kind.norm
+        nbytes, variance = np.array([(option.nbytes, option.variance) for option in tensor.options]).T
+        least += (variance[:, None] + nbytes[:, None] * prices).min(axis=0)
+    return math.sqrt(max(least.max(), 0.0)) / kind.norm
 
 
 def measure(step: Step, bits: int, draws: int, bytes_of: str) -> dict[str, Any]:
