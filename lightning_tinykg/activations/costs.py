@@ -124,19 +124,19 @@ class Costs:
         record = recipe.value.record(Layout.of(tensor), tensor.dtype, tensor._version)
         if record is not None and record.bits >= self._exact_enough(own_least):  # it is kept already
             return None
-        own = self.own_cost(tensor, rule, own_least)
+        # What is made again is mostly as exact as 8 bits would be, and so worth what these would take. By what fewer
+        # take, each tensor of a chain would be cheaper in a code of its own, and all of them dearer than at 8 bits.
+        worth = self.own_cost(tensor, rule, max(own_least, 8))
         self._paid_for.clear()
-        self._affordable = 2 * own
-        cost = self.of_recipe(recipe, judged, own)
+        self._affordable = 2 * worth
+        cost = self.of_recipe(recipe, judged, worth)
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
         work = share * cost.work
-        # what is made again is mostly as exact as 8 bits would be, and so worth what these would take
-        worth = self.own_cost(tensor, rule, max(own_least, 8))
-        if cost.nbytes < own and self._is_worth(work, worth - cost.nbytes, tensor.nbytes):
+        if cost.nbytes < worth and self._is_worth(work, worth - cost.nbytes, tensor.nbytes):
             return Cost(cost.nbytes, work)
         if self._is_worth(work, worth, tensor.nbytes):  # if only what it is made of were kept
             for value in dict.fromkeys(self._paid_for):
-                value.wanted += own
+                value.wanted += worth
         return None
 
     def needed(self, recipe: Recipe, ingredient: Ingredient, least: int) -> int:

@@ -503,6 +503,21 @@ def test_with_fewer_bits_as_much_is_made_again() -> None:
     assert least < 1.5 * most
 
 
+@pytest.mark.parametrize("bits", [4, 2, 1])
+def test_fewer_bits_are_not_more_bytes(bits: int) -> None:
+    """Of a perceptron before a norm each tensor alone is cheaper in a code of its own, and not all together."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.ReLU()]
+    model, a = nn.Sequential(*layers), table()
+
+    def function(x: Tensor) -> Tensor:
+        return model(made(x)) @ WEIGHT
+
+    (most, at_8), (least, with_fewer) = (error(function, a, width) for width in (8, bits))
+    assert with_fewer.stored_bytes <= at_8.stored_bytes
+    assert least < 1.5 * most
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_shares_a_scale_with_other_rows_is_not_made_of_a_norms_input(turned: bool) -> None:
     """Beside a large row, a small one has lost all that its norm would blow up."""

@@ -202,7 +202,8 @@ def test_forward_mode(bits: int, inside: bool, kernel: str) -> None:
 
     tangent, want = run(torch.enable_grad())
     with kernels.use(kernel):
-        again, got = run(tiny(bits=bits))
+        # at 2 bits everything would be made again of what is exact
+        again, got = run(tiny(bits=bits, recompute="cheap" if bits == 32 else "off"))
     assert torch.equal(again, tangent)
     assert torch.equal(got, want) == (bits == 32)
     assert got.isfinite().all()
