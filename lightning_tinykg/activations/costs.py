@@ -124,9 +124,9 @@ class Costs:
         record = recipe.value.record(Layout.of(tensor), tensor.dtype, tensor._version)
         if record is not None and record.bits >= self._exact_enough(own_least):  # it is kept already
             return None
-        # What is made again is mostly as exact as 8 bits would be, and so worth what these would take. By what fewer
-        # take, each tensor of a chain would be cheaper in a code of its own, and all of them dearer than at 8 bits.
-        worth = self.own_cost(tensor, rule, max(own_least, 8))
+        # What is computed again is mostly as exact as 8 bits would be, and so worth what these would take. By what
+        # fewer take, each tensor of a chain is cheaper in a code of its own, and all of them are dearer than at 8 bits.
+        worth = self.own_cost(tensor, rule, max(own_least, 8) if recipe.computes else own_least)
         self._paid_for.clear()
         self._affordable = 2 * worth
         cost = self.of_recipe(recipe, judged, worth)
