@@ -123,7 +123,8 @@ def test_each_model_has_a_config(modules: dict[str, Any]) -> None:
             settings = case(model, name).settings("2", epochs=3)
             assert model == "popularity" or (settings["epochs"], settings["compression"]) == (3, {"bits": 2})
     assert case("kgat", "last-fm").read()["config"] == "kgat-lastfm.yaml"
-    assert case("kgcn", "ml-1m").read()["config"] == "kgcn-music.yaml"
+    assert case("kgcn", "ml-1m").read()["config"] == "kgcn-ml1m.yaml"
+    assert case("kgat", "ml-1m").read()["config"] == "kgat-music.yaml"
 
 
 def row(way: str, seed: int, recall: float, **more: Any) -> dict[str, Any]:
