@@ -107,21 +107,31 @@ def test_counted_by_optimizer_steps_or_epochs(kind: Any, schedule: Schedule, opt
     assert fit(kind(), schedule, **options)[2] == expected
 
 
+def logged(trainer: L.Trainer) -> list[tuple[int, float]]:
+    """Step and width of each row of its logger's."""
+    assert isinstance(trainer.logger, CSVLogger)
+    trainer.logger.save()
+    with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
+        return [(int(row["step"]), float(row["tinykg/bits"])) for row in csv.DictReader(file)]
+
+
 def test_the_width_is_logged(tmp_path: Path) -> None:
     trainer, _, bits = fit(Small(), BY_STEP, logger=CSVLogger(tmp_path), log_every_n_steps=1)
-    trainer.logger.save()  # type: ignore[union-attr]
-    lines = (Path(trainer.logger.log_dir) / "metrics.csv").read_text().splitlines()  # type: ignore[union-attr, arg-type]
-    column = lines[0].split(",").index("tinykg/bits")
-    assert [float(line.split(",")[column]) for line in lines[1:]] == bits
+    assert logged(trainer) == list(enumerate(bits))
 
 
-def test_a_logger_hears_what_it_asks_for(tmp_path: Path) -> None:
-    """Each third step, besides the last of each epoch, which is there for what monitors it."""
-    trainer, _, bits = fit(Small(), BY_STEP, logger=CSVLogger(tmp_path), log_every_n_steps=3)
-    trainer.logger.save()  # type: ignore[union-attr]
-    with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:  # type: ignore[union-attr, arg-type]
-        rows = list(csv.DictReader(file))
-    assert [(int(row["step"]), float(row["tinykg/bits"])) for row in rows] == [(2, bits[2]), (5, bits[5])]
+def test_a_logger_hears_what_it_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each third step; besides it the last of each epoch is noted, for what monitors it, and of the others nothing."""
+    model, noted = Small(), []
+
+    def log_dict(metrics: dict[str, float], **options: Any) -> None:
+        noted.append(metrics["tinykg/bits"])
+        L.LightningModule.log_dict(model, metrics, **options)
+
+    monkeypatch.setattr(model, "log_dict", log_dict)
+    trainer, _, bits = fit(model, BY_STEP, logger=CSVLogger(tmp_path), log_every_n_steps=3)
+    assert logged(trainer) == [(step, bits[step]) for step in (2, 5)]
+    assert noted == [bits[step] for step in (2, 3, 5, 7)]
 
 
 @pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_steps": 5, "max_epochs": -1}])

@@ -93,7 +93,13 @@ def table(rows: list[Row]) -> str:
 
 
 def commands(rows: list[Row]) -> list[str]:
-    """What makes these runs: a command for each set of seeds."""
+    """What makes these runs: a command for each set of seeds, and each kind of device.
+
+    Example:
+        >>> run = {"model": "kgat", "set": "music", "way": "2", "seed": 0}
+        >>> [command.partition("--sets ")[2] for command in commands([run, run | {"seed": 1, "device": "NVIDIA A100"}])]
+        ['music --ways 2 --seeds 0', 'music --ways 2 --seeds 1 --accelerator gpu']
+    """
     calls: dict[tuple[str, str], list[str]] = {}
     for way, own in by_way(rows).items():
         for device in dict.fromkeys(row.get("device", "cpu") for row in own):

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from lightning_tinykg.activations.remaking import Making
 
 _SWEEP = 16
-"""Recipes after which those whose result is gone are let go of, at the least; else a quarter of those that are there:
-to look at all of them each time took longer than to write them."""
+"""Recipes after which those whose result is gone are let go of, at the least; where there are many, a quarter of them,
+or the time would grow with their square."""
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +96,6 @@ class Recipe:
         work: the bytes that are moved to run the op again, or the time of a matrix product in these.
         computes: whether it, or what it starts from, is more than a gather.
         to_the_bit: what :meth:`as_it_was` has given.
-        texts: what :meth:`text` has given.
     """
 
     repeatable: Repeatable
@@ -115,7 +114,6 @@ class Recipe:
     work: float = field(init=False)
     computes: bool = field(init=False)
     to_the_bit: Recipe | None = field(init=False, default=None)
-    texts: dict[int, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         passes = self.repeatable.passes
@@ -143,13 +141,10 @@ class Recipe:
         """The ops, from tensors ``x`` that are kept (of an index: from indices ``i``); ``...`` for what is deeper."""
         if depth == 0:
             return "..."
-        if depth not in self.texts:
-            floating = self.dtype.is_floating_point
-            leaf = "x" if floating else "i"
-            said = [i.recipe for i in self.ingredients if i.floating == floating]
-            found = [leaf if recipe is None else recipe.text(depth - 1) for recipe in said]
-            self.texts[depth] = f"{self.repeatable.name}({', '.join(dict.fromkeys(found))})"
-        return self.texts[depth]
+        said = [i for i in self.ingredients if i.floating == self.dtype.is_floating_point]
+        leaf = "x" if self.dtype.is_floating_point else "i"
+        found = [leaf if i.recipe is None else i.recipe.text(depth - 1) for i in said]
+        return f"{self.repeatable.name}({', '.join(dict.fromkeys(found))})"
 
 
 def _replaced(argument: Any, by: dict[Ingredient, Ingredient]) -> Any:
@@ -256,7 +251,7 @@ class RecipeBook:
     def _sweep(self) -> None:
         alive = []
         for value in self._noted:
-            if value.expired:
+            if value.storage.expired():
                 value.recipe = None
             else:
                 alive.append(value)

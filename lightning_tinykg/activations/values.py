@@ -6,7 +6,7 @@ nothing to refer to. What an op made while compression was on belongs to the gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from lightning_tinykg.activations.keeping import Record
     from lightning_tinykg.activations.ledger import Entry
     from lightning_tinykg.activations.recipes import Recipe
-
-
-_expired: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]  # a builtin, of no stub
 
 
 class Value:
@@ -56,11 +53,6 @@ class Value:
         self.wanted = 0
         # weak: what no save holds any more, after a backward within the context, nobody asks for
         self._records: dict[tuple[Any, ...], ref[Record]] = {}
-
-    @property
-    def expired(self) -> bool:
-        """Whether it is gone: as :meth:`StorageWeakRef.expired`, which goes three calls further."""
-        return _expired(self.storage.cdata)
 
     def record(self, layout: Layout, dtype: torch.dtype, version: int) -> Record | None:
         """What is kept of these elements of it, if anything is."""

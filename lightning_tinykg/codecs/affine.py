@@ -31,7 +31,7 @@ from torch import Tensor
 from lightning_tinykg.codecs.chunks import chunk_elements, iterate_groups
 from lightning_tinykg.codecs.exact_groups import constants_beyond_float32, keep_exact, restore_exact
 from lightning_tinykg.codecs.kernels import Kernels, kernels_for
-from lightning_tinykg.codecs.packing import BITS, packed_size
+from lightning_tinykg.codecs.packing import BITS, code_dtype, packed_size
 from lightning_tinykg.codecs.planes import pack_planes, unpack_planes
 
 CODE_BITS = range(1, 13)
@@ -197,7 +197,6 @@ def quantize(
     exact_index: list[Tensor] = []
     exact_value: list[Tensor] = []
     kernels, whole_bytes = kernels_for(device), bits in BITS
-    unpacked = torch.int16 if bits > 8 else torch.uint8
 
     for start, chunk, rows in iterate_groups(tensor, group_size, kernels.dtypes):
         first, count = start // group_size, rows.shape[0]
@@ -205,7 +204,7 @@ def quantize(
             (codes, zero, scale) if count == groups else tuple(t[first : first + count] for t in (codes, zero, scale))
         )
         beyond = constants_beyond_float32(chunk, rows) if chunk.dtype == torch.float64 else None
-        place = parts[0] if whole_bytes else torch.empty(rows.shape, dtype=unpacked, device=device)
+        place = parts[0] if whole_bytes else torch.empty(rows.shape, dtype=code_dtype(bits), device=device)
         exact = kernels.quantize(rows, key, start, bits, place, *parts[1:])  # which may use the rows as scratch
         if not whole_bytes:
             pack_planes(place, bits, parts[0])

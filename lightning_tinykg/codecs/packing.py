@@ -34,6 +34,16 @@ def check_bits(bits: int) -> int:
     return bits
 
 
+def code_dtype(bits: int) -> torch.dtype:
+    """The dtype of codes that are not packed: a byte each, or two for more than 8 bits.
+
+    Example:
+        >>> code_dtype(5), code_dtype(12)
+        (torch.uint8, torch.int16)
+    """
+    return torch.uint8 if bits <= 8 else torch.int16
+
+
 def packed_size(count: int, bits: int) -> int:
     """The bytes that ``count`` codes of ``bits`` bits take.
 

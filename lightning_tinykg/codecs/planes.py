@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_tinykg.codecs.chunks import chunk_elements
 from lightning_tinykg.codecs.kernels import kernels_for
-from lightning_tinykg.codecs.packing import PLANES, packed_size, unpack_codes
+from lightning_tinykg.codecs.packing import PLANES, code_dtype, packed_size, unpack_codes
 
 
 def cut_planes(codes: Tensor, bits: int) -> Iterator[Tensor]:
@@ -73,7 +73,7 @@ def unpack_planes(packed: Tensor, bits: int, count: int) -> Tensor:
         >>> unpack_planes(torch.tensor([[18, 3]], dtype=torch.uint8), bits=5, count=2)
         tensor([[5, 3]], dtype=torch.uint8)
     """
-    codes = packed.new_empty(packed.shape[0], count, dtype=torch.int16 if bits > 8 else torch.uint8)
+    codes = packed.new_empty(packed.shape[0], count, dtype=code_dtype(bits))
     first, shift = 0, bits
     for width in PLANES[bits]:
         size, shift = packed_size(count, width), shift - width

@@ -137,10 +137,8 @@ def test_a_constant_plan_is_the_width() -> None:
 
 
 def test_widths_that_there_are_not() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"bits of compress_activations must be one of 1, 2, 3, .*, 10, 11, 12, 32, got 16 in the plan",
-    ):
+    widths = ", ".join(map(str, (*range(1, 13), 32)))
+    with pytest.raises(ValueError, match=f"bits of compress_activations must be one of {widths}, got 16 in the plan"):
         compress_activations(BitPlan({"head": 16}))
     with pytest.raises(ValueError, match="bits of compress_activations must be one of 1, 2, 4, 8, 32, got 3 in the"):
         compress_activations(BitPlan({"head": 3}), recipe="paper")

@@ -92,7 +92,7 @@ entries:
         ("entries: [{layer: a, bits: 2, where: b}]", "entry 0 of a plan"),
         (
             "entries: [{layer: a, bits: 13}]",
-            "must be one of 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 32, or a schedule",
+            "must be one of 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 32, or a schedule, got 13",
         ),
         ("entries: [{layer: a, bits: {schedule: Nothing}}]", "schedule must be one of"),
         ("entries: [{layer: a, bits: {schedule: LinearAnneal, begin: 8}}]", "begin"),

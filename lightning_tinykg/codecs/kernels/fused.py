@@ -81,7 +81,6 @@ class Fused:
             out.copy_(wide.clamp_(finfo.min, finfo.max))
             return
         zero, scale = _words(zero), _words(scale)
-        bits = 16 if bits > 8 else bits
         rows, columns, warps = _shape(group_size, bits, out.itemsize)
         step = _BLOCK // group_size
         for first in range(0, groups, step):
@@ -112,9 +111,16 @@ class Fused:
         if groups:
             with _on(x):
                 fused_groups.put_aside[(triton.cdiv(groups, _LOOKED_AT),)](
-                    x, _words(zero), index, value, groups, room, GROUP=group_size, LOOKED_AT=_LOOKED_AT,
+                    x,
+                    _words(zero),
+                    index,
+                    value,
+                    groups,
+                    room,
+                    GROUP=group_size,
+                    LOOKED_AT=_LOOKED_AT,
                     COLUMNS=_columns(group_size),
-                )  # fmt: skip
+                )
         return index[1:], value
 
     def put_back(self, index: Tensor, value: Tensor, out: Tensor) -> bool:
