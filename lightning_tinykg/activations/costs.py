@@ -126,17 +126,21 @@ class Costs:
             return None
         # What is computed again is mostly as exact as 8 bits would be, and so worth what these would take. By what
         # fewer take, each tensor of a chain is cheaper in a code of its own, and all of them are dearer than at 8 bits.
-        worth = self.own_cost(tensor, rule, max(own_least, 8) if recipe.computes else own_least)
+        own = self.own_cost(tensor, rule, own_least)
+        worth = self.own_cost(tensor, rule, max(own_least, 8)) if recipe.computes else own
+        picks = recipe.repeatable.carries is SAME
         self._paid_for.clear()
-        self._affordable = 2 * worth
+        self._affordable = 2 * (own if picks else worth)
         cost = self.of_recipe(recipe, judged, worth)
+        if picks and cost.work == recipe.work:  # from what is kept, and nothing is computed
+            worth = own
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
         work = share * cost.work
         if cost.nbytes < worth and self._is_worth(work, worth - cost.nbytes, tensor.nbytes):
             return Cost(cost.nbytes, work)
         if self._is_worth(work, worth, tensor.nbytes):  # if only what it is made of were kept
             for value in dict.fromkeys(self._paid_for):
-                value.wanted += worth
+                value.wanted += own if picks else worth
         return None
 
     def needed(self, recipe: Recipe, ingredient: Ingredient, least: int) -> int:
@@ -156,7 +160,7 @@ class Costs:
                 # in a plan of saves each has a width of its own
                 carries = EXACT if recipe.repeatable.product or self._widths.literal else SATURATES
         elif carries is ROWS:
-            carries = BOUNDED if first and self._is_by_rows(recipe, ingredient, max(least, 8)) else EXACT
+            carries = LINEAR if first and self._is_by_rows(recipe, ingredient, max(least, 8)) else EXACT
         if self._widths.literal and carries is not EXACT:  # what that costs the gradient has been measured
             return least
         if carries is LINEAR:
@@ -168,9 +172,9 @@ class Costs:
 
     def _is_by_rows(self, recipe: Recipe, ingredient: Ingredient, bits: int) -> bool:
         """Whether each row of what a recipe normalizes has scales of its own."""
-        layout, shape = ingredient.layout, recipe.args[1]
-        row = math.prod(shape) if isinstance(shape, (tuple, list)) else shape
-        return layout.is_rows and row % self._widths.group(layout, bits) == 0
+        layout, row = ingredient.layout, recipe.repeatable.row
+        together = 0 if row is None else row(*recipe.args)
+        return layout.is_rows and together > 0 and together % self._widths.group(layout, bits) == 0
 
     def of_recipe(self, recipe: Recipe, least: int, most: float, counted: _Counted | None = None) -> Cost:
         """What a recipe takes.

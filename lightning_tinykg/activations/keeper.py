@@ -119,7 +119,7 @@ class Keeper:
         if type(out) is not Tensor or not out.requires_grad:
             self.values.made(out, (args, kwargs))
         if self._follower is not None:
-            self._follower.recipes.note(func, args, kwargs, out)
+            self._follower.recipes.note(func, args, kwargs, out, exactly=self.widths.bits == 32)
 
     def observe_dropout(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """A dropout has run, and what it saved is kept."""

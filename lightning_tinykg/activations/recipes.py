@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_tinykg.activations.repeatable import FLOPS_PER_BYTE, REDUCTION_PASSES, REPEATABLE, SAME, Repeatable
+from lightning_tinykg.activations.repeatable import FLOPS_PER_BYTE, REPEATABLE, SAME, Repeatable
 from lightning_tinykg.activations.storages import Layout, is_freed, is_plain
 from lightning_tinykg.activations.values import Value, Values
 
@@ -119,9 +119,10 @@ class Recipe:
         passes = self.repeatable.passes
         if self.repeatable.product:
             passes += self.ingredients[0].layout.shape[-1] / FLOPS_PER_BYTE
-        added = self.ingredients[-1] if self.repeatable.reduces else None
-        rows = 0 if added is None else added.layout.numel * added.dtype.itemsize
-        self.work = passes * self.nbytes + REDUCTION_PASSES * rows
+        self.work = passes * self.nbytes
+        if self.repeatable.reads:
+            read = self.ingredients[-1]
+            self.work += self.repeatable.reads * read.layout.numel * read.dtype.itemsize
         made = [i.recipe for i in self.ingredients if i.recipe is not None]
         self.computes = self.repeatable.carries is not SAME or any(recipe.computes for recipe in made)
 
@@ -174,10 +175,12 @@ class RecipeBook:
         recipe = None if value is None else value.recipe
         return recipe if recipe is not None and recipe.version == tensor._version else None
 
-    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """An op has run: write down how to repeat it, if that can be done."""
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, exactly: bool) -> None:
+        """An op has run: write down how to repeat it, if that can be done; ``exactly``: to the last bit."""
         repeatable = REPEATABLE.get(func)
         if repeatable is None or not is_plain(out) or out.nbytes < self._min_bytes:
+            return
+        if exactly and repeatable.rounds:
             return
         if repeatable.onto_zeros and not (args and self._is_zeros(args[0], out)):
             return
@@ -211,17 +214,13 @@ class RecipeBook:
             made = tuple([self._argument(argument, most, ingredients) for argument in args])
         except _NoIngredient:
             return
-        same, repeats = repeatable.carries is SAME, repeatable.repeats(out)
-        steady = repeats
+        repeats = steady = repeatable.repeats(out)
         for ingredient in ingredients:
             if ingredient.recipe is not None and not ingredient.recipe.steady:
                 if repeatable.jumps:  # it wants what the forward had
                     ingredient.recipe = None
                 steady = steady and repeatable.jumps
             if ingredient.value is value:  # in place, or a view
-                return
-            # restored with other strides, it might take another path through the kernel
-            if not same and not ingredient.layout.dense:
                 return
         if not ingredients:  # what a context has as default may be other in the backward
             kwargs = kwargs | {"dtype": out.dtype, "device": out.device, "requires_grad": False}

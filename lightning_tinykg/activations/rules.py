@@ -202,8 +202,8 @@ RULES: dict[str, _Rules] = {
     "Expm1": _WEIGHTS,
     # powers and norms
     "Pow": {"self": _power},
-    "LinalgVectorNorm": {"self": _vector_norm, "result": EXACT},
-    "Norm": {"self": _norm, "result": EXACT},
+    "LinalgVectorNorm": {"self": _vector_norm, "result": DIVISOR},
+    "Norm": {"self": _norm, "result": DIVISOR},
     # sides
     "Relu": {"result": RELU},
     "LeakyRelu": {"self": LEAKY_RELU, "result": LEAKY_RELU},

@@ -236,7 +236,7 @@ def test_sums_in_any_order_are_made_again_where_a_bit_more_does_not_matter(
         return made * (1 + 1e-6 * torch.randn_like(made)) if "index_added" in str(self.op) else made
 
     monkeypatch.setattr(remaking.Making, "_run", another_order)
-    monkeypatch.setattr(Repeatable, "repeats", lambda self, out: not self.reduces)
+    monkeypatch.setattr(Repeatable, "repeats", lambda self, out: not self.any_order)
     a, gradients, ledger = table(), [], None
     rows = torch.randint(NODES, (2 * EDGES,), generator=torch.Generator().manual_seed(3))
     onto = torch.arange(EDGES).repeat(2)
@@ -269,7 +269,7 @@ def test_what_a_maximum_is_of_is_made_of_what_is_kept_as_it_was(last: str, monke
         return made * (1 + 1e-6 * torch.randn_like(made)) if other else made
 
     monkeypatch.setattr(remaking.Making, "_run", otherwise)
-    monkeypatch.setattr(Repeatable, "repeats", lambda self, out: not self.reduces and not self.rounds)
+    monkeypatch.setattr(Repeatable, "repeats", lambda self, out: not self.any_order and not self.rounds)
     a, index, gradients = table(), TARGET[:, None].expand(-1, WIDTH), []
     for context in (nullcontext(), compress_activations(8, recompute="aggressive")):
         torch.manual_seed(0)
