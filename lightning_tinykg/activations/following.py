@@ -6,6 +6,7 @@ import math
 import weakref
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from lightning_tinykg.activations.books import Books
@@ -15,7 +16,7 @@ from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Reference,
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
 from lightning_tinykg.activations.remaking import Making, Remade
-from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, ROWS
+from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, REPEATABLE, ROWS
 from lightning_tinykg.activations.rules import ANGLE, SMOOTH, Rule
 from lightning_tinykg.activations.storages import Layout, is_plain, node_name
 from lightning_tinykg.activations.widths import Widths
@@ -53,6 +54,13 @@ class Follower:
             self.recipes.write(FUSED_DROPOUT, (x, mask, 1 / (1 - node._saved_p)), {}, out)
         elif not fused and isinstance(mask, Levels):
             self.recipes.write(DROPOUT, (x, mask), {}, out)
+
+    def observe_cross_entropy(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+        """A cross entropy has run, and what it saves is the log-softmax of its input."""
+        logits = args[0] if args else kwargs.get("input")
+        if isinstance(logits, Tensor) and is_plain(result) and logits.shape == result.shape:
+            repeatable = REPEATABLE[torch.log_softmax]
+            self.recipes.write(repeatable, (logits, 0 if logits.dim() == 1 else 1), {}, result)
 
     def remade(
         self,

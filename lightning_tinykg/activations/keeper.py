@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,7 +18,16 @@ from lightning_tinykg.activations.following import Follower
 from lightning_tinykg.activations.forms import Forms
 from lightning_tinykg.activations.fragile import FRAGILE
 from lightning_tinykg.activations.functions import Function
-from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Reference, Saved
+from lightning_tinykg.activations.keeping import (
+    AsComplex,
+    Coded,
+    Conjugated,
+    Kept,
+    Levels,
+    Record,
+    Reference,
+    Saved,
+)
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import RecipeBook
 from lightning_tinykg.activations.rules import (
@@ -26,6 +35,7 @@ from lightning_tinykg.activations.rules import (
     DIVISOR,
     EXACT,
     LINEAR,
+    LOGARITHM,
     MASK,
     SHAPE,
     SIGN,
@@ -48,6 +58,7 @@ from lightning_tinykg.activations.widths import Widths, is_narrow
 from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.bits.plan import BitPlan
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
+from lightning_tinykg.codecs.logarithm import LogarithmCode
 from lightning_tinykg.codecs.lossless import (
     Code,
     ShapeCode,
@@ -55,6 +66,12 @@ from lightning_tinykg.codecs.lossless import (
     encode_signs,
     encode_two_levels,
 )
+
+_THROUGH: dict[Rule, Callable[[Tensor], Tensor]] = {
+    ANGLE: lambda angles: angles.remainder(2 * math.pi),
+    LOGARITHM: torch.exp,
+}
+"""What is rounded in a tensor's place."""
 
 
 class Keeper:
@@ -152,13 +169,16 @@ class Keeper:
         if node is None and saved.function:
             where = f"{saved.function}.tensors"
         entry = self._books.enter(saved.module, where, "reference", tensor)
-        if not is_plain(tensor) or tensor._version != saved.version:
+        conjugated = tensor.is_complex() and tensor.is_conj() and type(tensor) is Tensor
+        plain = tensor.conj() if conjugated else tensor  # which is a view without the bit
+        if not is_plain(plain) or tensor._version != saved.version:
             # what was changed within its op raises when it is unpacked, as autograd would
             saved.fill(Reference(tensor.detach(), saved.version, where))
         elif self.values.is_users(tensor, given):
             saved.fill(Reference(tensor.detach(), saved.version, where))
             entry.codec = "held"
         else:
+            tensor = plain
             self._books.charge(saved, tensor, entry)
             self.workspace.largest = max(self.workspace.largest, tensor.nbytes)
             self.widths.charge(entry.raw_bytes)
@@ -166,10 +186,12 @@ class Keeper:
             if saved.exact or (node is None and attribute):
                 kept = self._choose(tensor, EXACT, entry, op, node, computes=False)
             elif self._by_rules:
+                if op == "cross_entropy" and where == "LogSoftmax.result" and self._follower is not None:
+                    self._follower.observe_cross_entropy(given[0], given[1], tensor)
                 kept = self._choose(tensor, rule_for(node, attribute), entry, op, node)
             else:
                 kept = self.forms.as_in_the_paper(tensor, entry, self._min_bytes)
-            saved.fill(kept)
+            saved.fill(Conjugated(kept) if conjugated else kept)
             if is_deferrable(tensor, where):
                 saved.defer(tensor)
             if where in FRAGILE and isinstance(kept, Coded) and kept.record.bits < 32:
@@ -202,6 +224,10 @@ class Keeper:
                 mask = encode_two_levels(layout.run(tensor))
                 if mask is not None:
                     return self.forms.levels(tensor, layout, "mask", lambda run: mask, entry)
+        if rule is LINEAR and tensor.is_complex() and tensor.dim() and tensor.is_contiguous():
+            real = torch.view_as_real(tensor.detach()).flatten(-2)
+            if (least := self.widths.least(real, rule)) < 32 and real.nbytes >= self._min_bytes:
+                return AsComplex(self.forms.value(real, least, entry, factor_of))
         floating = tensor.dtype in FLOAT_DTYPES
         least = self.widths.least(tensor, rule)
         if self._follower is not None:
@@ -214,13 +240,14 @@ class Keeper:
         if floating and isinstance(rule, Side):
             inside, levels = rule.inside, rule.levels
             return self.forms.levels(tensor, layout, inside, lambda run: encode_levels(run, inside, levels), entry)
-        if floating and rule is ANGLE and least < 32:
+        if floating and rule in _THROUGH and least < 32:
             group = self.widths.group(layout, least)
 
-            def wrapped(run: Tensor) -> Code:
-                return quantize(run.remainder(2 * math.pi), least, key=self.forms.next_key(), group_size=group)
+            def encode(run: Tensor) -> Code:
+                code = quantize(run, least, key=self.forms.next_key(), group_size=group, through=_THROUGH[rule])
+                return LogarithmCode(code) if rule is LOGARITHM else code
 
-            return self.forms.levels(tensor, layout, (rule, least), wrapped, entry)
+            return self.forms.levels(tensor, layout, (rule, least), encode, entry)
         if floating and rule is SIGN:
             return self.forms.levels(tensor, layout, "sign", encode_signs, entry)
         return self.forms.value(tensor, least, entry, factor_of)

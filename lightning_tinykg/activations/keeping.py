@@ -135,6 +135,36 @@ class Levels:
         return self.layout.restore(flat)
 
 
+@dataclass(slots=True)
+class AsComplex:
+    """A contiguous complex tensor, by its real and imaginary parts.
+
+    Attributes:
+        kept: what is kept of these, which alternate in the last dimension.
+    """
+
+    kept: Kept
+
+    def restore(self, workspace: Workspace) -> Tensor:
+        """The complex tensor."""
+        return torch.view_as_complex(self.kept.restore(workspace).unflatten(-1, (-1, 2)))
+
+
+@dataclass(slots=True)
+class Conjugated:
+    """A lazily conjugated tensor.
+
+    Attributes:
+        kept: what is kept of the tensor that is conjugated.
+    """
+
+    kept: Kept
+
+    def restore(self, workspace: Workspace) -> Tensor:
+        """The conjugate, as lazily as it was."""
+        return self.kept.restore(workspace).conj()
+
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

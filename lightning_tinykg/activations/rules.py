@@ -16,6 +16,7 @@ a ``Side``    asks on which side of a threshold an element lies       1 bit     
 ``SMOOTH``    is a smooth, non-linear function of it                  more bits                  bounded
 ``NORM``      is one too, and what it normalizes is much used         8 bits                     bounded
 ``ANGLE``     is a periodic function of it                            more bits, of a turn       bounded
+``LOGARITHM`` is linear in its exponential                            more bits of that          unbiased
 ``UNKNOWN``   is nobody's knowledge: a custom function's              at least 8 bits            not known
 ``DIVISOR``   divides by it                                           the elements               exact
 ``EXACT``     compares it, or needs it as it is                       the elements, as they are  exact
@@ -69,12 +70,13 @@ class Need(Enum):
     SMOOTH = "smooth"
     NORM = "norm"
     ANGLE = "angle"
+    LOGARITHM = "logarithm"
     UNKNOWN = "unknown"
     DIVISOR = "divisor"
     EXACT = "exact"
 
 
-SHAPE, SIGN, MASK, LINEAR, WEIGHT, SMOOTH, NORM, ANGLE, UNKNOWN, DIVISOR, EXACT = Need
+SHAPE, SIGN, MASK, LINEAR, WEIGHT, SMOOTH, NORM, ANGLE, LOGARITHM, UNKNOWN, DIVISOR, EXACT = Need
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,10 @@ RULES: dict[str, _Rules] = {
     "Cos": {"self": ANGLE},
     # smooth functions of the result
     **dict.fromkeys(("Tanh", "Sigmoid", "Softmax", "SafeSoftmax"), _SMOOTH_RESULT),
+    # gradient - exp(result) * sum: an item's probability may be rounded to none, its logarithm may not
+    "LogSoftmax": {"result": LOGARITHM},
+    # the sigmoid of self, less the target
+    "BinaryCrossEntropyWithLogits": {"self": SMOOTH, "target": LINEAR},
     # normalisation: statistics stay exact
     **dict.fromkeys(("NativeLayerNorm", "FusedRmsNorm"), _NORM_INPUT),
     **dict.fromkeys(

@@ -7,7 +7,7 @@ from collections import Counter
 
 from torch import Tensor
 
-from lightning_tinykg.activations.rules import ANGLE, EXACT, NORM, SMOOTH, UNKNOWN, Need, Rule
+from lightning_tinykg.activations.rules import ANGLE, EXACT, LOGARITHM, NORM, SMOOTH, UNKNOWN, Need, Rule
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.bits.plan import BitPlan, Place, bits_now
 from lightning_tinykg.codecs.affine import CODE_BITS, FINE_BITS, FLOAT_DTYPES, quantized_size
@@ -77,11 +77,11 @@ class Widths:
             return self.bits
         if rule in (UNKNOWN, NORM):
             return 8
-        return self.raised(self.bits) if rule in (SMOOTH, ANGLE) or is_narrow(tensor) else self.bits
+        return self.raised(self.bits) if rule in (SMOOTH, ANGLE, LOGARITHM) or is_narrow(tensor) else self.bits
 
     def judged(self, tensor: Tensor, rule: Rule, least: int) -> int:
         """The width that a form is chosen by: in a plan of saves one for all, or its bytes would not be as reckoned."""
-        rounded = isinstance(rule, Need) and rule not in (EXACT, ANGLE) and tensor.dtype in FLOAT_DTYPES
+        rounded = isinstance(rule, Need) and rule not in (EXACT, ANGLE, LOGARITHM) and tensor.dtype in FLOAT_DTYPES
         return 8 if self.literal and rounded else least
 
     def raised(self, least: int) -> int:

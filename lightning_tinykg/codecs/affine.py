@@ -151,6 +151,7 @@ def quantize(
     key: int,
     group_size: int = 64,
     metadata: torch.dtype = torch.bfloat16,
+    through: Callable[[Tensor], Tensor] | None = None,
 ) -> AffineCode:
     """Quantize a tensor with stochastic rounding.
 
@@ -164,6 +165,7 @@ def quantize(
         key: 64 bits of key for the noise, from :func:`~lightning_tinykg.codecs.noise.make_key`.
         group_size: elements that share a scale and a zero point.
         metadata: dtype of scale and zero point: bfloat16, or float32 as in the paper.
+        through: a function of each element, of whose results the code is made, a chunk at a time.
 
     Returns:
         The code; :func:`dequantize` restores the tensor, flat.
@@ -187,6 +189,7 @@ def quantize(
         raise ValueError(f"metadata must be torch.bfloat16 or torch.float32, got {metadata}")
     device, numel = tensor.device, tensor.numel()
     if torch.compiler.is_compiling():
+        tensor = tensor if through is None else through(tensor)
         signed = key - (1 << 64) if key >= 1 << 63 else key
         codes, zero, scale, index, value = torch.ops.tinykg.quantize(tensor, bits, signed, group_size, metadata)
         return AffineCode(codes, zero, scale, index, value, numel, tensor.dtype, bits, group_size)
@@ -198,7 +201,7 @@ def quantize(
     exact_value: list[Tensor] = []
     kernels, whole_bytes = kernels_for(device), bits in BITS
 
-    for start, chunk, rows in iterate_groups(tensor, group_size, kernels.dtypes):
+    for start, chunk, rows in iterate_groups(tensor, group_size, kernels.dtypes, through):
         first, count = start // group_size, rows.shape[0]
         parts = (
             (codes, zero, scale) if count == groups else tuple(t[first : first + count] for t in (codes, zero, scale))

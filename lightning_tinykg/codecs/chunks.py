@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -79,7 +79,10 @@ def iterate_flat(tensor: Tensor, multiple: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def iterate_groups(
-    tensor: Tensor, group_size: int, dtypes: tuple[torch.dtype, ...]
+    tensor: Tensor,
+    group_size: int,
+    dtypes: tuple[torch.dtype, ...],
+    through: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Cut a tensor into groups that kernels can read.
 
@@ -87,19 +90,21 @@ def iterate_groups(
         tensor: any shape and strides.
         group_size: elements of a group.
         dtypes: what the kernels read as it is.
+        through: a function that each piece is replaced by the result of.
 
     Yields:
         The position of the first element; a piece of the tensor; and its groups, shape ``[groups, group_size]``: the
         piece itself, or a copy in float32, whose last, short group is filled up with an element of its own.
     """
     direct = 0
-    if tensor.dtype in dtypes and is_memory(tensor):
+    if through is None and tensor.dtype in dtypes and is_memory(tensor):
         flat = tensor.view(-1)
         direct = flat.numel() // group_size * group_size
         if direct:
             yield 0, flat[:direct], flat[:direct].view(-1, group_size)
         tensor = flat[direct:]
     for start, chunk in iterate_chunks(tensor, group_size):
+        chunk = chunk if through is None else through(chunk)
         numel = chunk.numel()
         rows = torch.empty(-(-numel // group_size) * group_size, dtype=torch.float32, device=tensor.device)
         rows[:numel].view(chunk.shape).copy_(chunk)

@@ -25,6 +25,7 @@ NODES, EDGES, WIDTH = 200, 3000, 32
 
 SOURCE = torch.randint(NODES, (EDGES,), generator=torch.Generator().manual_seed(0))
 TARGET = torch.randint(NODES, (EDGES,), generator=torch.Generator().manual_seed(1))
+ZEROS = torch.zeros(EDGES, 16, dtype=torch.int64)
 SOME, FEW = SOURCE[:100], TARGET[:100] * 7
 WEIGHT = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2)) / WIDTH**0.5)
 
@@ -73,6 +74,15 @@ CHAINS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
         "Exp.result",
     ),
     "mean of rows": (lambda a, b: scatter(a[SOME], FEW, 0, EDGES, "mean").exp() * b[TARGET], "Exp.result"),
+    "normalized": (lambda a, b: F.normalize(of_rows(a, b), dim=-1).exp(), "Exp.result"),
+    "normalized by another": (lambda a, b: F.normalize(of_rows(a, b), p=2, dim=1, eps=1.0).exp(), "Exp.result"),
+    "clamped": (lambda a, b: of_rows(a, b).clamp(-1, 0.5).exp(), "Exp.result"),
+    "squared": (lambda a, b: (-(of_rows(a, b) ** 2)).exp(), "Exp.result"),
+    "centred": (lambda a, b: (a[SOURCE] - b[TARGET].mean(-1, keepdim=True)).exp(), "Exp.result"),
+    "summed": (lambda a, b: (a[SOURCE] * b[TARGET].view(EDGES, 4, -1).sum(1).repeat(1, 4)).exp(), "Exp.result"),
+    "gathered": (lambda a, b: of_rows(a, b).gather(1, TARGET[:, None] % WIDTH + ZEROS).exp(), "Exp.result"),
+    "slices": (lambda a, b: (a[SOURCE][:, :16] * b[TARGET][:, 16:]).exp(), "Exp.result"),
+    "slices of what is computed": (lambda a, b: (of_rows(a, b)[:, ::2] - of_rows(a, b)[:, 1::2]).exp(), "Exp.result"),
     "a view of it": (lambda a, b: of_rows(a, b).view(EDGES, 4, -1).transpose(1, 2).exp(), "Exp.result"),
 }  # fmt: skip
 
@@ -468,6 +478,7 @@ def test_a_quotient_is_made_of_exact_denominators() -> None:
 
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normalize": lambda h: F.normalize(h, dim=-1),
     "layer norm": lambda h: F.layer_norm(h, (WIDTH,)),
     "rms norm": lambda h: F.rms_norm(h, (WIDTH,)),
 }
@@ -487,6 +498,98 @@ def test_what_follows_a_norm_is_made_of_its_input(name: str, bits: int) -> None:
     assert codecs(less, "Gelu.self") == {"recipe"}
     assert less.stored_bytes < 0.7 * kept.stored_bytes
     assert again < max(1.5 * own, 0.02)
+
+
+def test_a_row_of_length_one_is_made_of_a_row_in_as_many_bits() -> None:
+    """Divided by its length, it has its own error; 8 bits, as a row that is centred wants, would be no gain at 2."""
+    a = table()
+
+    def function(x: Tensor) -> Tensor:
+        unit = F.normalize(made(x), dim=-1)
+        return unit * unit[SOURCE[:NODES]]
+
+    _, ledger = error(function, a, 2, min_bytes=0)
+    assert codecs(ledger, "Mul.self") == {"recipe"}
+    assert {entry.codec for entry in ledger if entry.stored_bytes > NODES * 4} == {"int4"}
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_over_other_dimensions_rows_are_not_normalized_again(bits: int) -> None:
+    """On a CPU it takes a hundred times as long as to copy them; and what is normalized has no scale of its own."""
+    a = table()
+    _, ledger = error(lambda x: F.elu(F.normalize(made(x).view(NODES, 4, 8), dim=1)), a, bits, min_bytes=0)
+    assert codecs(ledger, "Elu.self") == {"exact" if bits == 32 else "int8"}
+
+
+@pytest.mark.parametrize("norm", [
+    lambda h: h.norm(dim=0),
+    lambda h: torch.norm(h, p=2, dim=0, keepdim=True)[0],
+    lambda h: torch.linalg.norm(h, dim=0),
+    lambda h: torch.linalg.vector_norm(h, 2, 0),
+])  # fmt: skip
+def test_the_modulus_of_complex_numbers_is_made_again(norm: Callable[[Tensor], Tensor]) -> None:
+    """As in RotatE. It is so by other ops than the forward's, whose norm is slow; so not where all is to be exact."""
+    a, b = table(0), table(1)
+
+    def function(x: Tensor) -> Tensor:
+        real, imaginary = (made(x)[SOURCE] - b[TARGET]).chunk(2, dim=1)
+        return norm(torch.stack([real, imaginary]))
+
+    off_by, ledger = error(function, a, 8, min_bytes=0)
+    assert off_by < 1e-6
+    assert codecs(ledger, "LinalgVectorNorm.result") == codecs(ledger, "LinalgVectorNorm.self") == {"recipe"}
+    exactly = assert_exact(lambda: weighted(function(a)), [a], 32)
+    assert codecs(exactly, "LinalgVectorNorm.result") == {"exact"}
+
+
+@pytest.mark.parametrize("norm", [
+    lambda h: h.norm(p=1, dim=0), lambda h: torch.linalg.vector_norm(h, dim=0, dtype=torch.float64),
+])  # fmt: skip
+def test_other_norms_are_not(norm: Callable[[Tensor], Tensor]) -> None:
+    a = table()
+    _, ledger = error(lambda x: norm(torch.stack([made(x)[SOURCE], made(x)[TARGET]])), a, 8, min_bytes=0)
+    assert not codecs(ledger, "LinalgVectorNorm.result") & {"recipe"}
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_the_logits_of_a_cross_entropy_are_computed_again(bits: int) -> None:
+    """Of all items, which are far more than what they are computed of."""
+    a, items = table(), nn.Parameter(torch.randn(500, WIDTH, generator=torch.Generator().manual_seed(5)))
+    labels = SOURCE[:NODES]
+
+    def function(x: Tensor) -> Tensor:
+        h = made(x)
+        return F.cross_entropy(h @ items.t(), labels, reduction="none")
+
+    off_by, ledger = error(function, a, bits)
+    assert codecs(ledger, "LogSoftmax.result") == {"recipe"}
+    assert ledger.stored_bytes < 1.3 * a.nbytes
+    assert off_by < (1e-9 if bits == 32 else 0.01)
+    assert_exact(lambda: weighted(function(a)), [a, items], 32)
+
+
+def test_logits_of_classes_in_the_second_dimension() -> None:
+    a = table()
+
+    def function(x: Tensor) -> Tensor:
+        logits = (made(x) @ WEIGHT).view(NODES, 8, 4)
+        return F.cross_entropy(input=logits, target=SOURCE[: 4 * NODES].view(NODES, 4) % 8, label_smoothing=0.1)
+
+    ledger = assert_exact(lambda: function(a), [a, WEIGHT], 32)
+    assert codecs(ledger, "LogSoftmax.result") == {"recipe"}
+
+
+@pytest.mark.parametrize("bits", [4, 2, 1])
+def test_what_is_only_picked_is_worth_its_own_bits(bits: int) -> None:
+    """Two thirds of a table's rows take less than the table; that this was computed does not change it."""
+    a = table()
+
+    def function(x: Tensor) -> Tensor:
+        wide = made(x) + made(x)
+        rows = wide[SOURCE[: 2 * NODES // 3]]
+        return rows * rows
+
+    assert error(function, a, bits)[1].stored_bytes <= error(function, a, bits, recompute="off")[1].stored_bytes
 
 
 def test_with_fewer_bits_as_much_is_made_again() -> None:

@@ -24,6 +24,10 @@ def cube(x: Tensor) -> Tensor:
     return x.view(4, 6, WIDTH)
 
 
+def complex_of(x: Tensor) -> Tensor:
+    return torch.complex(x[:, ::2], x[:, 1::2])
+
+
 Op = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LINEAR: dict[str, tuple[Op, str]] = {
@@ -49,6 +53,10 @@ LINEAR: dict[str, tuple[Op, str]] = {
     "exp2": (lambda a, b, c: a.exp2(), "Exp2.result"),
     "expm1": (lambda a, b, c: a.expm1(), "Expm1.result"),
     "pow 2": (lambda a, b, c: a**2, "Pow.self"),
+    "log softmax": (lambda a, b, c: (4 * a).log_softmax(-1), "LogSoftmax.result"),
+    "cross entropy": (lambda a, b, c: F.cross_entropy(4 * a, INDEX[:ROWS], reduction="none"), "LogSoftmax.result"),
+    "complex product": (lambda a, b, c: torch.view_as_real(complex_of(a) * complex_of(b)), "Mul.self"),
+    "product with a conjugate": (lambda a, b, c: (complex_of(a) * complex_of(b).conj()).real, "Mul.other"),
     "mse": (lambda a, b, c: F.mse_loss(a, b, reduction="sum"), "MseLoss.self"),
     "var": (lambda a, b, c: a.var(-1), "Var.self"),
     "std": (lambda a, b, c: a.std(-1), "Std.self"),
@@ -60,9 +68,9 @@ LINEAR: dict[str, tuple[Op, str]] = {
 }  # fmt: skip
 
 
-CHAINS = ("einsum", "two layers", "message")
-"""Products of rounded factors: a factor that hardly ever moves shifts all draws of an element, so only the whole is
-tested."""
+CHAINS = ("einsum", "two layers", "message", "complex product", "product with a conjugate")
+"""Of several rounded ones in products or sums, one that hardly ever moves shifts all draws of an element, so only the
+whole is tested."""
 
 
 def loss_of(op: Op, leaves: list[Tensor]) -> Callable[[], Tensor]:
@@ -80,7 +88,8 @@ def test_linear_rules_are_unbiased(name: str) -> None:
         grads, ledger = compressed(loss, leaves, 2, seed=seed)
         draws.append(torch.cat([g.flatten() for g in grads]))
     if saved:  # or nothing has been tested
-        assert any(codec.startswith("int") and codec[3:].isdigit() for codec in codecs(ledger, saved)), ledger.rows()
+        widths = {codec.removesuffix(" of exp") for codec in codecs(ledger, saved)}
+        assert any(codec.startswith("int") and codec[3:].isdigit() for codec in widths), ledger.rows()
     error = torch.stack(draws) - want
     size = want.abs().max()
     spread = error.std(0)
@@ -127,6 +136,7 @@ SMOOTH: dict[str, Op] = {
     "pow 3": lambda a, b, c: a**3,
     "normalize": lambda a, b, c: F.normalize(a),
     "norm": lambda a, b, c: a.norm(dim=-1),
+    "binary cross entropy": lambda a, b, c: F.binary_cross_entropy_with_logits(a, b.detach().sigmoid()),
     "cosine": lambda a, b, c: F.cosine_similarity(a, b),
     "layer norm": lambda a, b, c: F.layer_norm(a, (WIDTH,)),
     "group norm": lambda a, b, c: F.group_norm(a, 4),

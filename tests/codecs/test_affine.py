@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_tinykg.codecs import chunks, kernels
 from lightning_tinykg.codecs.affine import CODE_BITS, AffineCode, dequantize, quantize, quantized_size
 from lightning_tinykg.codecs.exact_groups import restore_exact
+from lightning_tinykg.codecs.logarithm import LogarithmCode
 from lightning_tinykg.codecs.lossless import Code
 from lightning_tinykg.codecs.noise import make_key
 
@@ -489,6 +490,37 @@ def test_packing_takes_a_quarter_of_the_tensor_at_most(kind: str, dtype: torch.d
         code = quantize(x, 4, key=0)
     assert live.now == code.nbytes
     assert live.peak - code.nbytes <= 4 * MIB
+
+
+@pytest.mark.parametrize("kind", ["flat", "square transposed", "rows of a wider"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_function_is_applied_a_chunk_at_a_time(kind: str, dtype: torch.dtype) -> None:
+    """The code is that of what it gives, which is never there as a whole."""
+    x = awkward(kind, dtype)
+    with LiveBytes() as live:
+        code = quantize(x, 4, key=1, through=torch.exp)
+    assert live.peak - code.nbytes <= 4 * MIB
+    whole = quantize(x.exp(), 4, key=1)
+    assert same_bits(dequantize(code), dequantize(whole))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_logarithms_are_unbiased_in_their_exponentials(bits: int, dtype: torch.dtype) -> None:
+    """And what is impossible remains so, however far the others reach."""
+    x = (torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * 5).log_softmax(-1).to(dtype)
+    x[:, 3] = -INF
+    draws = torch.stack([
+        LogarithmCode(quantize(x, bits, key=make_key(7, k), through=torch.exp)).decode().double().exp()
+        for k in range(200)
+    ]).view(200, 40, 64)  # fmt: skip
+    exact = x.exp().double()
+    assert (draws[:, :, 3] == 0).all()
+    step = (exact.max(1).values / (2**bits - 1))[:, None]
+    assert ((draws.mean(0) - exact).abs() < 5 * step / (2 * math.sqrt(200)) + 0.01 * exact).all()
+    if dtype.itemsize > 2:  # else the logarithms are rounded themselves
+        bias = (draws.mean(0) - exact).sum() / (step**2 / 4 * torch.ones(40, 64) / 200).sum().sqrt()
+        assert abs(float(bias)) < 4
 
 
 def test_unpacking_takes_a_quarter_of_the_tensor_at_most() -> None:
