@@ -101,8 +101,9 @@ class Costs:
     def __init__(self, widths: Widths, recompute: str) -> None:
         self._widths = widths
         self._worth = RECOMPUTE[recompute]
-        self._paid_for: list[Value] = []  # what the cost that is being counted would be paid for
-        self._affordable = 0
+        # what the cost that is being counted would be paid for; whether something is computed of it
+        self._paid_for: list[tuple[Value, bool]] = []
+        self._worth_of = {False: 0, True: 0}  # of what is picked, of what is computed
 
     def of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int, own_least: int) -> Cost | None:
         """What it takes to make a tensor again.
@@ -128,19 +129,18 @@ class Costs:
         # fewer take, each tensor of a chain is cheaper in a code of its own, and all of them are dearer than at 8 bits.
         own = self.own_cost(tensor, rule, own_least)
         worth = self.own_cost(tensor, rule, max(own_least, 8)) if recipe.computes else own
-        picks = recipe.repeatable.carries is SAME
+        self._worth_of = {False: own, True: worth}
         self._paid_for.clear()
-        self._affordable = 2 * (own if picks else worth)
         cost = self.of_recipe(recipe, judged, worth)
-        if picks and cost.work == recipe.work:  # from what is kept, and nothing is computed
+        if not recipe.computes_itself and cost.work == recipe.work:  # it is picked from what is kept
             worth = own
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
         work = share * cost.work
         if cost.nbytes < worth and self._is_worth(work, worth - cost.nbytes, tensor.nbytes):
             return Cost(cost.nbytes, work)
         if self._is_worth(work, worth, tensor.nbytes):  # if only what it is made of were kept
-            for value in dict.fromkeys(self._paid_for):
-                value.wanted += own if picks else worth
+            for value, computed in dict.fromkeys(self._paid_for):
+                value.wanted += self._worth_of[computed]
         return None
 
     def needed(self, recipe: Recipe, ingredient: Ingredient, least: int) -> int:
@@ -176,7 +176,9 @@ class Costs:
         together = 0 if row is None else row(*recipe.args)
         return layout.is_rows and together > 0 and together % self._widths.group(layout, bits) == 0
 
-    def of_recipe(self, recipe: Recipe, least: int, most: float, counted: _Counted | None = None) -> Cost:
+    def of_recipe(
+        self, recipe: Recipe, least: int, most: float, counted: _Counted | None = None, computed: bool = False
+    ) -> Cost:
         """What a recipe takes.
 
         Args:
@@ -184,15 +186,18 @@ class Costs:
             least: the width that what it makes is to be worth.
             most: bytes above which it is of no use.
             counted: what has been counted already, and costs nothing more; what this takes is added.
+            computed: whether something is computed of what it makes.
         """
         counted = counted or _Counted()
+        computed = computed or recipe.computes_itself
         if counted.widths.get(recipe, 0) >= least:
             return _FREE
         mark = len(counted.before)
         counted.add(recipe, least)
         nbytes, work = 0.0, recipe.work
         for ingredient in recipe.ingredients:
-            cost = self.of_ingredient(ingredient, self.needed(recipe, ingredient, least), most - nbytes, counted)
+            needed = self.needed(recipe, ingredient, least)
+            cost = self.of_ingredient(ingredient, needed, most - nbytes, counted, computed)
             nbytes += cost.nbytes
             work += cost.work
             if nbytes >= most or len(counted.before) > _MOST_COUNTED:
@@ -200,7 +205,9 @@ class Costs:
                 return _IMPOSSIBLE
         return Cost(nbytes, work)
 
-    def of_ingredient(self, ingredient: Ingredient, least: int, most: float, counted: _Counted | None = None) -> Cost:
+    def of_ingredient(
+        self, ingredient: Ingredient, least: int, most: float, counted: _Counted | None = None, computed: bool = True
+    ) -> Cost:
         """What one of them takes: nothing, its own code, or its own recipe."""
         counted = counted or _Counted()
         least = least if ingredient.floating else 32
@@ -209,25 +216,29 @@ class Costs:
         gone = ingredient.source() is None
         if ingredient.free and not gone:
             return _FREE
-        own = math.inf
+        own = worth = math.inf
+        recipe = ingredient.recipe
         if not gone:  # a coarser code that there is would be replaced
             bits = 8 if self._widths.literal and least < 32 else least  # of all plans the bytes are as reckoned
-            own = self._code(ingredient.layout, ingredient.dtype.itemsize, bits) - self._coded(ingredient)
+            layout, itemsize, coded = ingredient.layout, ingredient.dtype.itemsize, self._coded(ingredient)
+            own = worth = self._code(layout, itemsize, bits) - coded
+            if recipe is not None and recipe.computes:  # as of what is asked for: worth 8 bits
+                worth = self._code(layout, itemsize, max(bits, 8)) - coded
             # Each relation's sums alone are not worth keeping the table they are made of, all together are. So what was
             # kept in its stead counts for it, where it is not far larger than any of them, and little is lost if it is
             # not asked for again.
-            if own <= self._affordable:
-                own -= min(own, ingredient.value.wanted)
-        recipe, most = ingredient.recipe, min(own, most)
+            wanted = ingredient.value.wanted if own <= 2 * self._worth_of[computed] else 0
+            own, worth = max(own - wanted, 0), max(worth - wanted, 0)
+        most = min(worth, most)
         # if it is gone, there is no choice, and the work is judged by what it is for
-        if recipe is not None and most > 0 and (gone or self._is_worth(recipe.work, own, recipe.nbytes)):
+        if recipe is not None and most > 0 and (gone or self._is_worth(recipe.work, worth, recipe.nbytes)):
             mark = len(counted.before)
-            cost = self.of_recipe(recipe, least, most, counted)
-            if cost.nbytes < most and (gone or self._is_worth(cost.work, own - cost.nbytes, recipe.nbytes)):
+            cost = self.of_recipe(recipe, least, most, counted, computed)
+            if cost.nbytes < most and (gone or self._is_worth(cost.work, worth - cost.nbytes, recipe.nbytes)):
                 return cost
             counted.undo(mark)
         if not gone:
-            self._paid_for.append(ingredient.value)
+            self._paid_for.append((ingredient.value, computed))
             if ingredient.layout.offset == 0:
                 counted.add(ingredient.value, least)
         return Cost(own, 0)

@@ -100,28 +100,28 @@ class Follower:
         entry.recipe, entry.work = recipe.text(), int(cost.work)
         return self._follow(recipe, least, Layout.of(tensor), entry)
 
-    def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry) -> Kept:
+    def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry, computed: bool = False) -> Kept:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
         widths = tuple([self._costs.needed(recipe, ingredient, least) for ingredient in recipe.ingredients])
         # where it is asked for what is rounded, each save follows for itself, so that its place is noted
         noted = recipe.makings.get(widths) if self._forms.rounded is None else None
         making = None if noted is None else noted()
         if making is None:
-            args = self._argument(recipe.args, recipe, least, entry)
+            args = self._argument(recipe.args, recipe, least, entry, computed or recipe.computes_itself)
             op = recipe.repeatable.op
             making = Making(op, args, recipe.kwargs, recipe.shape, recipe.dtype, recipe.autocast)
             recipe.makings[widths] = weakref.ref(making)
         return Remade(making, layout)
 
-    def _argument(self, argument: Any, recipe: Recipe, least: int, entry: Entry) -> Any:
+    def _argument(self, argument: Any, recipe: Recipe, least: int, entry: Entry, computed: bool) -> Any:
         """What is kept in an argument's place: of tensors a form, of tuples what is in them, all else itself."""
         if isinstance(argument, tuple):
-            return tuple(self._argument(item, recipe, least, entry) for item in argument)
+            return tuple(self._argument(item, recipe, least, entry, computed) for item in argument)
         if not isinstance(argument, Ingredient):
             return argument
-        return self._ingredient(argument, self._costs.needed(recipe, argument, least), entry)
+        return self._ingredient(argument, self._costs.needed(recipe, argument, least), entry, computed)
 
-    def _ingredient(self, ingredient: Ingredient, least: int, entry: Entry) -> Kept:
+    def _ingredient(self, ingredient: Ingredient, least: int, entry: Entry, computed: bool) -> Kept:
         """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe."""
         tensor, layout = ingredient.tensor(), ingredient.layout
         least = least if ingredient.floating else 32
@@ -131,9 +131,9 @@ class Follower:
             if record.bits < 32:
                 record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
         elif record is None:
-            if tensor is None or self._costs.of_ingredient(ingredient, least, math.inf).work:
+            if tensor is None or self._costs.of_ingredient(ingredient, least, math.inf, computed=computed).work:
                 assert ingredient.recipe is not None  # it is made again in its turn
-                return self._follow(ingredient.recipe, least, layout, entry)
+                return self._follow(ingredient.recipe, least, layout, entry, computed)
             name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
             record = self._forms.value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record
         if record.reference is not None:

@@ -95,6 +95,7 @@ class Recipe:
         makings: by the widths of its ingredients: how it is made again, where a save asks for that.
         work: the bytes that are moved to run the op again, or the time of a matrix product in these.
         computes: whether it, or what it starts from, is more than a gather.
+        computes_itself: whether it is.
         to_the_bit: what :meth:`as_it_was` has given.
     """
 
@@ -113,6 +114,7 @@ class Recipe:
     makings: dict[tuple[int, ...], weakref.ref[Making]] = field(default_factory=dict)
     work: float = field(init=False)
     computes: bool = field(init=False)
+    computes_itself: bool = field(init=False)
     to_the_bit: Recipe | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -124,7 +126,8 @@ class Recipe:
             read = self.ingredients[-1]
             self.work += self.repeatable.reads * read.layout.numel * read.dtype.itemsize
         made = [i.recipe for i in self.ingredients if i.recipe is not None]
-        self.computes = self.repeatable.carries is not SAME or any(recipe.computes for recipe in made)
+        self.computes_itself = self.repeatable.carries is not SAME
+        self.computes = self.computes_itself or any(recipe.computes for recipe in made)
 
     def as_it_was(self) -> Recipe | None:
         """What makes it to the last bit: the same, but from what is not made again in any order; None if it is that."""
