@@ -51,7 +51,7 @@ are saturated and pass next to nothing on, to the norm that it had if they passe
 ORDER = 32
 """Of a gradient that is not the same twice, the difference that the order of additions may make, in epsilons."""
 
-LINEAR_NEEDS = {Need.LINEAR.value, Need.MASK.value}
+LINEAR_NEEDS = {Need.LINEAR.value, Need.MASK.value, Need.LOGARITHM.value}
 """The needs that promise an unbiased gradient of what is rounded; what is rounded for another is bounded."""
 
 
@@ -204,7 +204,7 @@ def _check_width(case: Case, bits: int, want: Tensor, z_test: bool, report: Repo
 
 def is_rounded(codec: str) -> bool:
     """Whether a codec of the ledger changes values."""
-    return codec.startswith("int") and codec[3:].isdigit()
+    return codec.startswith("int") and codec[3:].removesuffix(" of exp").isdigit()
 
 
 def relative(got: Tensor, want: Tensor) -> float:
