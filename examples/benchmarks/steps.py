@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 from torch_geometric.data import HeteroData
 from torch_geometric.nn import GATConv, RGCNConv
-from torch_geometric.utils import softmax
+from torch_geometric.utils import scatter, softmax
 
 from lightning_tinykg import KGAT as PackageKGAT
 from lightning_tinykg.data import BPRBatch
@@ -234,6 +234,65 @@ class RippleNet(nn.Module):
         return score
 
 
+class KGIN(nn.Module):
+    """Relational paths, and users by intents that are mixtures of relations (Wang et al., WWW 2021).
+
+    The triples' users and items are nodes; the users' interactions are a sparse matrix, as in the authors' code.
+    """
+
+    def __init__(self, graph: Graph, dim: int, layers: int, intents: int = 4) -> None:
+        super().__init__()
+        self.graph, self.layers, self.dropout = graph, layers, 0.1
+        self.entity = nn.Parameter(torch.randn(graph.num_nodes, dim) / dim**0.5)
+        self.user = nn.Parameter(torch.randn(graph.num_nodes, dim) / dim**0.5)
+        self.relation = nn.Parameter(torch.randn(graph.num_relations, dim) / dim**0.5)
+        self.intent = nn.Parameter(torch.randn(intents, dim) / dim**0.5)
+        self.mixture = nn.Parameter(torch.randn(intents, graph.num_relations))
+        degree = graph.edge_index[1].bincount(minlength=graph.num_nodes).clamp(min=1)
+        values = 1 / degree[graph.edge_index[1]].float()
+        size = (graph.num_nodes, graph.num_nodes)
+        self.register_buffer("seen", torch.sparse_coo_tensor(graph.edge_index.flip(0), values, size).coalesce(), False)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Embeddings of users and entities: both `[nodes, dim]`."""
+        source, target = self.graph.edge_index
+        entity: Tensor = self.entity
+        user: Tensor = self.user
+        all_entities, all_users = entity, user
+        for _ in range(self.layers):
+            message = entity[source] * self.relation[self.graph.edge_type]
+            share = F.softmax(user @ self.intent.t(), dim=1).unsqueeze(-1)
+            paths = F.softmax(self.mixture, dim=-1) @ self.relation
+            liked = torch.sparse.mm(self.seen, entity)
+            user = liked * (paths.expand(len(user), -1, -1) * share).sum(1) + liked
+            entity = scatter(message, target, 0, self.graph.num_nodes, reduce="mean")
+            entity = F.dropout(F.normalize(entity), self.dropout, self.training)
+            user = F.dropout(F.normalize(user), self.dropout, self.training)
+            all_entities, all_users = all_entities + entity, all_users + user
+        return all_users, all_entities
+
+
+class RotatE(nn.Module):
+    """Relations as rotations in the complex plane, with negatives weighed by their scores (Sun et al., ICLR 2019)."""
+
+    def __init__(self, graph: Graph, dim: int, margin: float = 6.0) -> None:
+        super().__init__()
+        self.margin = margin
+        self.entity = nn.Parameter(torch.randn(graph.num_nodes, dim) / dim**0.5)
+        self.phase = nn.Parameter(torch.rand(graph.num_relations, dim // 2) * 2 * torch.pi)
+
+    def forward(self, head: Tensor, relation: Tensor, tails: Tensor) -> Tensor:
+        """Scores `[batch, tails]` of heads and relations `[batch]` with tails `[batch, tails]`."""
+        real, imaginary = self.entity[head].unsqueeze(1).chunk(2, dim=-1)
+        phase = self.phase[relation].unsqueeze(1)
+        other_real, other_imaginary = self.entity[tails].chunk(2, dim=-1)
+        turned_real = real * phase.cos() - imaginary * phase.sin()
+        turned_imaginary = real * phase.sin() + imaginary * phase.cos()
+        distance = torch.stack([turned_real - other_real, turned_imaginary - other_imaginary]).norm(dim=0)
+        score: Tensor = self.margin - distance.sum(-1)
+        return score
+
+
 class Transformer(nn.Module):
     """A transformer of a user's last 64 items, as in SASRec, of PyTorch's own layers: pre-norm, GELU, dropout."""
 
@@ -316,6 +375,36 @@ def ripplenet(graph: Graph, dim: int, layers: int) -> Step:
     return Step(model, loss)
 
 
+def kgin(graph: Graph, dim: int, layers: int) -> Step:
+    model = KGIN(graph, dim, layers)
+
+    def loss() -> Tensor:
+        users, entities = model()
+        user, positive, negative = graph.triples
+        gap = (users[user] * (entities[negative] - entities[positive])).sum(-1)
+        return F.softplus(gap).mean()
+
+    return Step(model, loss)
+
+
+def rotate(graph: Graph, dim: int, layers: int) -> Step:
+    """Of four times as many edges as there are triples, each with eight negative tails."""
+    model = RotatE(graph, dim)
+    count = min(4 * graph.triples.shape[1], graph.edge_index.shape[1])
+
+    def loss() -> Tensor:
+        (head, tail), relation = graph.edge_index[:, :count], graph.edge_type[:count]
+        shifts = torch.arange(8, device=head.device).unsqueeze(0) * 97
+        tails = torch.cat([tail.unsqueeze(1), (tail.unsqueeze(1) + 1 + shifts) % graph.num_nodes], dim=1)
+        scores = model(head, relation, tails)
+        weight = scores[:, 1:].softmax(1).detach()
+        positive, negatives = F.logsigmoid(scores[:, 0]), F.logsigmoid(-scores[:, 1:])
+        value: Tensor = -positive.mean() - (weight * negatives).sum(1).mean()
+        return value
+
+    return Step(model, loss)
+
+
 def transformer(graph: Graph, dim: int, layers: int) -> Step:
     """Of an eighth as many users as there are triples."""
     model = Transformer(graph, dim, layers)
@@ -339,6 +428,8 @@ STEPS: dict[str, Callable[[Graph, int, int], Step]] = {
     "kgcn": kgcn,
     "rgcn": rgcn,
     "ripplenet": ripplenet,
+    "kgin": kgin,
+    "rotate": rotate,
     "transformer": transformer,
 }
 """By name: a function of the graph, the width and the number of layers."""

@@ -127,8 +127,9 @@ class Costs:
             return None
         # What is computed again is mostly as exact as 8 bits would be, and so worth what these would take. By what
         # fewer take, each tensor of a chain is cheaper in a code of its own, and all of them are dearer than at 8 bits.
-        own = self.own_cost(tensor, rule, own_least)
-        worth = self.own_cost(tensor, rule, max(own_least, 8)) if recipe.computes else own
+        coarser = record.value.nbytes if record is not None and record.value is not None else 0  # which it replaces
+        own = self.own_cost(tensor, rule, own_least) - coarser
+        worth = self.own_cost(tensor, rule, max(own_least, 8)) - coarser if recipe.computes else own
         self._worth_of = {False: own, True: worth}
         self._paid_for.clear()
         cost = self.of_recipe(recipe, judged, worth)
