@@ -104,6 +104,7 @@ class Costs:
         # what the cost that is being counted would be paid for; whether something is computed of it
         self._paid_for: list[tuple[Value, bool]] = []
         self._worth_of = {False: 0, True: 0}  # of what is picked, of what is computed
+        self._deeply = True  # whether what it starts from is computed again wherever that is worth the bytes
 
     def of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int, own_least: int) -> Cost | None:
         """What it takes to make a tensor again.
@@ -131,14 +132,18 @@ class Costs:
         own = self.own_cost(tensor, rule, own_least) - coarser
         worth = self.own_cost(tensor, rule, max(own_least, 8)) - coarser if recipe.computes else own
         self._worth_of = {False: own, True: worth}
-        self._paid_for.clear()
-        cost = self.of_recipe(recipe, judged, worth)
-        if not recipe.computes_itself and cost.work == recipe.work:  # it is picked from what is kept
-            worth = own
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
-        work = share * cost.work
-        if cost.nbytes < worth and self._is_worth(work, worth - cost.nbytes, tensor.nbytes):
-            return Cost(cost.nbytes, work)
+        for self._deeply in (True, False):
+            self._paid_for.clear()
+            cost = self.of_recipe(recipe, judged, worth)
+            if not recipe.computes_itself and cost.work == recipe.work:  # it is picked from what is kept
+                worth = own
+            work = share * cost.work
+            if cost.nbytes < worth and self._is_worth(work, worth - cost.nbytes, tensor.nbytes):
+                return Cost(cost.nbytes, work)
+            if recipe.computes_itself or cost.nbytes >= worth:
+                break
+            # where it is too much work to compute what rows are picked from, that may have codes of its own
         if self._is_worth(work, worth, tensor.nbytes):  # if only what it is made of were kept
             for value, computed in dict.fromkeys(self._paid_for):
                 value.wanted += self._worth_of[computed]
@@ -223,13 +228,14 @@ class Costs:
             bits = 8 if self._widths.literal and least < 32 else least  # of all plans the bytes are as reckoned
             layout, itemsize, coded = ingredient.layout, ingredient.dtype.itemsize, self._coded(ingredient)
             own = worth = self._code(layout, itemsize, bits) - coded
-            if recipe is not None and recipe.computes:  # as of what is asked for: worth 8 bits
+            if self._deeply and recipe is not None and recipe.computes:  # as of what is asked for: worth 8 bits
                 worth = self._code(layout, itemsize, max(bits, 8)) - coded
             # Each relation's sums alone are not worth keeping the table they are made of, all together are. So what was
             # kept in its stead counts for it, where it is not far larger than any of them, and little is lost if it is
             # not asked for again.
             wanted = ingredient.value.wanted if own <= 2 * self._worth_of[computed] else 0
-            own, worth = max(own - wanted, 0), max(worth - wanted, 0)
+            own = max(own - wanted, 0)
+            worth = worth if self._deeply else own
         most = min(worth, most)
         # if it is gone, there is no choice, and the work is judged by what it is for
         if recipe is not None and most > 0 and (gone or self._is_worth(recipe.work, worth, recipe.nbytes)):

@@ -13,7 +13,7 @@ from comparing import assert_exact, codecs, made, weighted
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch_geometric.nn import FiLMConv, GATConv, RGCNConv
+from torch_geometric.nn import FiLMConv, GATConv, RGCNConv, TransformerConv
 from torch_geometric.utils import scatter
 
 from lightning_tinykg import BitPlan, Ledger, compress_activations
@@ -609,6 +609,43 @@ def test_tables_that_rows_are_picked_from_are_computed_again(bits: int) -> None:
     off_by, with_fewer = error(function, a, bits)
     assert with_fewer.stored_bytes <= at_8.stored_bytes
     assert off_by < 0.1
+
+
+def test_what_is_too_much_work_to_compute_is_kept_for_what_is_picked_of_it() -> None:
+    """Rows of all layers' outputs: one layer's input is kept, and not twice as many rows in codes of their own."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+    a = table()
+
+    def function(x: Tensor) -> Tensor:
+        h = made(x)
+        outputs = [h]
+        for sums, products in zip(layers[:3], layers[3:], strict=True):
+            around = torch.zeros_like(h).index_add(0, TARGET, h[SOURCE])
+            h = F.dropout(F.leaky_relu(sums(h + around)) + F.leaky_relu(products(h * around)), 0.1)
+            outputs.append(F.normalize(h, dim=-1))
+        out = torch.cat(outputs, dim=1)
+        return out[SOME[:60]] * (out[FEW[:60] % NODES] - out[FEW[40:] % NODES])
+
+    _, ledger = error(function, a, 2)
+    assert "recipe" in {entry.codec for entry in ledger if entry.shape == (60, 4 * WIDTH)}
+
+
+def test_what_is_made_for_nothing_is_not_kept_for_what_could_not_be_made_of_it() -> None:
+    """An exact softmax of edges would want the second layer's input exactly; all else is made of the norm's."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(TransformerConv(WIDTH, 8, heads=4, edge_dim=16) for _ in range(2))
+    a, edges, of_edges = table(), torch.stack([SOURCE, TARGET])[:, :1200], torch.randn(1200, 16)
+
+    def function(x: Tensor) -> Tensor:
+        h = made(x)
+        for layer in layers:
+            h = F.layer_norm(layer(h, edges, of_edges), (WIDTH,)).relu()
+        return h
+
+    _, ledger = error(function, a, 8)
+    nodes = [entry.op for entry in ledger if entry.shape == (NODES, WIDTH) and entry.stored_bytes >= NODES * WIDTH]
+    assert nodes == ["Addmm.mat1", "NativeLayerNorm.input", "NativeLayerNorm.input"]
 
 
 def test_with_fewer_bits_as_much_is_made_again() -> None:
