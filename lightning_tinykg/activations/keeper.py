@@ -227,7 +227,7 @@ class Keeper:
         if rule is LINEAR and tensor.is_complex() and tensor.dim() and tensor.is_contiguous():
             real = torch.view_as_real(tensor.detach()).flatten(-2)
             if (least := self.widths.least(real, rule)) < 32 and real.nbytes >= self._min_bytes:
-                return AsComplex(self.forms.value(real, least, entry, factor_of))
+                return AsComplex(self.forms.value(real, least, entry, factor_of), tensor.stride())
         floating = tensor.dtype in FLOAT_DTYPES
         least = self.widths.least(tensor, rule)
         if self._follower is not None:

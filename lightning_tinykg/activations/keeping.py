@@ -141,13 +141,16 @@ class AsComplex:
 
     Attributes:
         kept: what is kept of these, which alternate in the last dimension.
+        stride: its strides, of which those of dimensions of size 1 may be any.
     """
 
     kept: Kept
+    stride: tuple[int, ...]
 
     def restore(self, workspace: Workspace) -> Tensor:
         """The complex tensor."""
-        return torch.view_as_complex(self.kept.restore(workspace).unflatten(-1, (-1, 2)))
+        made = torch.view_as_complex(self.kept.restore(workspace).unflatten(-1, (-1, 2)))
+        return made.as_strided(made.shape, self.stride)
 
 
 @dataclass(slots=True)
