@@ -111,7 +111,7 @@ def test_precisions(precision: str) -> None:
     assert ledger.raw_bytes == exact_ledger.raw_bytes
     name = str(of_activations).removeprefix("torch.")
     kept = {(e.op, e.codec): e for e in ledger if e.dtype == name}
-    assert ("Addmm.mat1", "int8") in kept
+    assert "int8" in {codec for _, codec in kept}
     assert ledger.ratio > 1.5 * of_activations.itemsize / 2
 
 
