@@ -59,8 +59,8 @@ class Follower:
         """A cross entropy has run, and what it saves is the log-softmax of its input."""
         logits = args[0] if args else kwargs.get("input")
         if isinstance(logits, Tensor) and is_plain(result) and logits.shape == result.shape:
-            repeatable = REPEATABLE[torch.log_softmax]
-            self.recipes.write(repeatable, (logits, 0 if logits.dim() == 1 else 1), {}, result)
+            dim, repeatable = 0 if logits.dim() == 1 else 1, REPEATABLE[torch.log_softmax]
+            self.recipes.write(repeatable, (logits, dim), {"dtype": result.dtype}, result)
 
     def remade(
         self,

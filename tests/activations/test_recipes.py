@@ -568,6 +568,18 @@ def test_the_logits_of_a_cross_entropy_are_computed_again(bits: int) -> None:
     assert_exact(lambda: weighted(function(a)), [a, items], 32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_under_autocast(dtype: torch.dtype) -> None:
+    a, items = table(), nn.Parameter(torch.randn(500, WIDTH, generator=torch.Generator().manual_seed(5)))
+
+    def loss() -> Tensor:
+        h = made(a)
+        with torch.autocast("cpu", dtype):
+            return F.cross_entropy(h @ items.t(), SOURCE[:NODES])
+
+    assert_exact(loss, [a, items], 32)
+
+
 def test_logits_of_classes_in_the_second_dimension() -> None:
     a = table()
 
