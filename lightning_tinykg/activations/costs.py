@@ -183,7 +183,7 @@ class Costs:
         return layout.is_rows and together > 0 and together % self._widths.group(layout, bits) == 0
 
     def of_recipe(
-        self, recipe: Recipe, least: int, most: float, counted: _Counted | None = None, computed: bool = False
+        self, recipe: Recipe, least: int, most: float, counted: _Counted | None = None, *, computed: bool = False
     ) -> Cost:
         """What a recipe takes.
 
@@ -203,7 +203,7 @@ class Costs:
         nbytes, work = 0.0, recipe.work
         for ingredient in recipe.ingredients:
             needed = self.needed(recipe, ingredient, least)
-            cost = self.of_ingredient(ingredient, needed, most - nbytes, counted, computed)
+            cost = self.of_ingredient(ingredient, needed, most - nbytes, counted, computed=computed)
             nbytes += cost.nbytes
             work += cost.work
             if nbytes >= most or len(counted.before) > _MOST_COUNTED:
@@ -212,7 +212,7 @@ class Costs:
         return Cost(nbytes, work)
 
     def of_ingredient(
-        self, ingredient: Ingredient, least: int, most: float, counted: _Counted | None = None, computed: bool = True
+        self, ingredient: Ingredient, least: int, most: float, counted: _Counted | None = None, *, computed: bool
     ) -> Cost:
         """What one of them takes: nothing, its own code, or its own recipe."""
         counted = counted or _Counted()
@@ -240,7 +240,7 @@ class Costs:
         # if it is gone, there is no choice, and the work is judged by what it is for
         if recipe is not None and most > 0 and (gone or self._is_worth(recipe.work, worth, recipe.nbytes)):
             mark = len(counted.before)
-            cost = self.of_recipe(recipe, least, most, counted, computed)
+            cost = self.of_recipe(recipe, least, most, counted, computed=computed)
             if cost.nbytes < most and (gone or self._is_worth(cost.work, worth - cost.nbytes, recipe.nbytes)):
                 return cost
             counted.undo(mark)

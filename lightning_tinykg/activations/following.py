@@ -100,7 +100,7 @@ class Follower:
         entry.recipe, entry.work = recipe.text(), int(cost.work)
         return self._follow(recipe, least, Layout.of(tensor), entry)
 
-    def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry, computed: bool = False) -> Kept:
+    def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry, *, computed: bool = False) -> Kept:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
         widths = tuple([self._costs.needed(recipe, ingredient, least) for ingredient in recipe.ingredients])
         # where it is asked for what is rounded, each save follows for itself, so that its place is noted
@@ -133,7 +133,7 @@ class Follower:
         elif record is None:
             if tensor is None or self._costs.of_ingredient(ingredient, least, math.inf, computed=computed).work:
                 assert ingredient.recipe is not None  # it is made again in its turn
-                return self._follow(ingredient.recipe, least, layout, entry, computed)
+                return self._follow(ingredient.recipe, least, layout, entry, computed=computed)
             name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
             record = self._forms.value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record
         if record.reference is not None:

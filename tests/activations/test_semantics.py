@@ -4,7 +4,7 @@ import gc
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -858,6 +858,17 @@ def test_complex() -> None:
         return (spectrum * spectrum.conj() * 2).real.sum() + torch.fft.irfft(spectrum.exp()).sum()
 
     assert_exact(loss, [x])
+
+
+def test_a_complex_factor_comes_back_with_its_strides() -> None:
+    """Those of dimensions of size 1 may be any, and with others a kernel may take another path."""
+    x = leaf(300)
+    with compress_activations(8, min_bytes=0):
+        column = torch.complex(made(x), made(x)).as_strided((300, 1), (1, 7))
+        product = column * column
+    saved = cast(Any, product.grad_fn)._saved_self
+    assert saved.stride() == (1, 7)
+    assert 0 < (saved - column).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
