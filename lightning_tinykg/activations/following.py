@@ -100,6 +100,12 @@ class Follower:
         entry.recipe, entry.work = recipe.text(), int(cost.work)
         return self._follow(recipe, least, Layout.of(tensor), entry)
 
+    def bytes_exactly(self, tensor: Tensor, own: int) -> float:
+        """The bytes to keep a tensor to the last bit: ``own``, or fewer, of what it can be made of again."""
+        recipe = self.recipes.find(tensor)
+        recipe = None if recipe is None else recipe.as_it_was()
+        return own if recipe is None else min(self._costs.of_recipe(recipe, 32, own).nbytes, own)
+
     def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry, *, computed: bool = False) -> Kept:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
         widths = tuple([self._costs.needed(recipe, ingredient, least) for ingredient in recipe.ingredients])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_tinykg.activations import changes
 from lightning_tinykg.activations.books import Books
+from lightning_tinykg.activations.compared import Comparer
 from lightning_tinykg.activations.costs import Costs
 from lightning_tinykg.activations.deferring import is_deferrable
 from lightning_tinykg.activations.following import Follower
@@ -32,6 +33,7 @@ from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import RecipeBook
 from lightning_tinykg.activations.rules import (
     ANGLE,
+    COMPARED,
     DIVISOR,
     EXACT,
     LINEAR,
@@ -110,6 +112,7 @@ class Keeper:
         if by_rules and recompute != "off":
             recipes, costs = RecipeBook(self.values, min_bytes), Costs(self.widths, recompute)
             self._follower = Follower(recipes, costs, self.forms, self._books, self.widths)
+        self._comparer = Comparer(self.values, self.forms, self.widths, self._follower, min_bytes)
         self._fragile: WeakValueDictionary[int, Record] = WeakValueDictionary()
 
     # -- what the forward does ----------------------------------------------------------------------------------
@@ -146,6 +149,7 @@ class Keeper:
     def finish(self) -> None:
         """The forward is over: leave out of the count what the user still holds, and let go of everything."""
         self.values.forget_recipes()
+        self._comparer.forget()
         self._fragile.clear()
         self._books.close()
 
@@ -188,7 +192,9 @@ class Keeper:
             elif self._by_rules:
                 if op == "cross_entropy" and where == "LogSoftmax.result" and self._follower is not None:
                     self._follower.observe_cross_entropy(given[0], given[1], tensor)
-                kept = self._choose(tensor, rule_for(node, attribute), entry, op, node)
+                rule = rule_for(node, attribute)
+                compared = self._comparer.kept(node, attribute, given, entry) if rule is COMPARED else None
+                kept = compared or self._choose(tensor, rule, entry, op, node)
             else:
                 kept = self.forms.as_in_the_paper(tensor, entry, self._min_bytes)
             saved.fill(Conjugated(kept) if conjugated else kept)
@@ -200,8 +206,8 @@ class Keeper:
 
     def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any, computes: bool = True) -> Kept:
         """The cheapest form that serves the rule; ``computes`` tells whether it may be computed again."""
-        steady = rule in (EXACT, UNKNOWN)  # a backward may look for what equals a maximum
-        rule = EXACT if rule is DIVISOR else rule
+        steady = rule in (EXACT, COMPARED, UNKNOWN)  # a backward may look for what equals it
+        rule = EXACT if rule in (DIVISOR, COMPARED) else rule
         if rule is WEIGHT:
             rule = EXACT if is_narrow(tensor) else LINEAR
             if rule is EXACT and self.widths.literal:  # a plan is taken at its word, unless exactly takes no more

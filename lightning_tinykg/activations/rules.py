@@ -17,6 +17,7 @@ a ``Side``    asks on which side of a threshold an element lies       1 bit     
 ``NORM``      is one too, and what it normalizes is much used         8 bits                     bounded
 ``ANGLE``     is a periodic function of it                            more bits, of a turn       bounded
 ``LOGARITHM`` is linear in its exponential                            more bits of that          unbiased
+``COMPARED``  compares it with another tensor that it saved           1 or 2 bits, or b bits     exact, or unbiased
 ``UNKNOWN``   is nobody's knowledge: a custom function's              at least 8 bits            not known
 ``DIVISOR``   divides by it                                           the elements               exact
 ``EXACT``     compares it, or needs it as it is                       the elements, as they are  exact
@@ -37,8 +38,10 @@ What a layer norm or an RMS norm normalizes gets 8 bits at any width, since it p
 straddle two rows it has a scale for each row, so that the normalized rows are as exact as they are from a code of their
 own, and these, their activation, and what goes into the layers that follow are all made of it again.
 
-What is needed as it is, is not made again of sums over edges on a GPU, which are added up in another order each time: a
-maximum's backward looks for the elements that equal it.
+What is only compared (:mod:`~lightning_tinykg.activations.compared`) is kept exactly where that takes less.
+
+What is needed as it is, is not made again of sums over edges on a GPU, which are added up in another order each time: the
+backward of an infinity norm looks for the elements that equal it.
 
 A node that is not in the table is kept exactly if it is one of PyTorch's own, and is ``UNKNOWN`` if it is a custom
 function or a compiled graph. Whoever knows better about a custom function says so in the table:
@@ -71,12 +74,13 @@ class Need(Enum):
     NORM = "norm"
     ANGLE = "angle"
     LOGARITHM = "logarithm"
+    COMPARED = "compared"
     UNKNOWN = "unknown"
     DIVISOR = "divisor"
     EXACT = "exact"
 
 
-SHAPE, SIGN, MASK, LINEAR, WEIGHT, SMOOTH, NORM, ANGLE, LOGARITHM, UNKNOWN, DIVISOR, EXACT = Need
+SHAPE, SIGN, MASK, LINEAR, WEIGHT, SMOOTH, NORM, ANGLE, LOGARITHM, COMPARED, UNKNOWN, DIVISOR, EXACT = Need
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,8 @@ def _elu(node: Any) -> Rule:
     return SMOOTH if node._saved_alpha * node._saved_input_scale == 1 else EXACT
 
 
-def _scatter_reduce(node: Any) -> Rule:
-    return SHAPE if node._saved_reduce in ("sum", "mean") else EXACT
+def _reduce(node: Any) -> Rule:
+    return {"sum": SHAPE, "mean": SHAPE, "prod": EXACT}.get(node._saved_reduce, COMPARED)
 
 
 _PRODUCT: _Rules = {"self": LINEAR, "other": LINEAR}
@@ -168,6 +172,8 @@ _SHAPE_ONLY: _Rules = {"self": SHAPE}
 _SMOOTH_INPUT: _Rules = {"self": SMOOTH}
 _SMOOTH_RESULT: _Rules = {"result": SMOOTH}
 _WEIGHTS: _Rules = {"result": WEIGHT}
+_COMPARED_WITH_RESULT: _Rules = {"self": COMPARED, "result": COMPARED}
+_COMPARED_WITH_OTHER: _Rules = {"self": COMPARED, "other": COMPARED}
 
 RULES: dict[str, _Rules] = {
     # products: linear in each factor
@@ -233,6 +239,9 @@ RULES: dict[str, _Rules] = {
     "LogSoftmax": {"result": LOGARITHM},
     # the sigmoid of self, less the target
     "BinaryCrossEntropyWithLogits": {"self": SMOOTH, "target": LINEAR},
+    # two that are compared
+    **dict.fromkeys(("Amax", "Amin", "Max", "Min", "Logsumexp"), _COMPARED_WITH_RESULT),
+    **dict.fromkeys(("Maximum", "Minimum"), _COMPARED_WITH_OTHER),
     # normalisation: statistics stay exact
     **dict.fromkeys(("NativeLayerNorm", "FusedRmsNorm"), _NORM_INPUT),
     **dict.fromkeys(
@@ -252,7 +261,8 @@ RULES: dict[str, _Rules] = {
     "IndexCopy": {"source": SHAPE},
     "IndexPut": {"values": SHAPE},
     "Put": {"source": SHAPE},
-    "ScatterReduce": {"self": _scatter_reduce, "src": _scatter_reduce, "result": _scatter_reduce},
+    "ScatterReduce": dict.fromkeys(("self", "src", "result"), _reduce),
+    "SegmentReduce": dict.fromkeys(("data", "result"), _reduce),
     "NllLoss": _SHAPE_ONLY,
     "NllLoss2D": _SHAPE_ONLY,
     **dict.fromkeys(

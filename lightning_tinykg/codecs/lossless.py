@@ -142,15 +142,15 @@ def encode_levels(tensor: Tensor, cut: Cut, levels: Tensor | Sequence[float], na
     kernels = kernels_for(tensor.device)
     for rows, place in _pieces(tensor, codes, bits):
         kernels.pack_classes(rows, cut, place)
-    values = levels if isinstance(levels, Tensor) else _on_device(levels, tensor)
+    values = levels if isinstance(levels, Tensor) else _on_device(levels, tensor, tensor.dtype)
     return LevelCode(codes, values, tensor.numel(), name)
 
 
-def _on_device(levels: Sequence[float], tensor: Tensor) -> Tensor:
-    """Numbers in a tensor's dtype, where it is: filled in on a GPU, since a copy from the CPU would wait for it."""
+def _on_device(levels: Sequence[float], tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers where a tensor is: filled in on a GPU, since a copy from the CPU would wait for it."""
     if tensor.device.type == "cpu":
-        return torch.tensor(levels, dtype=tensor.dtype, device="cpu")
-    made = torch.empty(len(levels), dtype=tensor.dtype, device=tensor.device)
+        return torch.tensor(levels, dtype=dtype, device="cpu")
+    made = torch.empty(len(levels), dtype=dtype, device=tensor.device)
     for place, level in zip(made, levels, strict=True):
         place.fill_(level)
     return made
@@ -180,8 +180,12 @@ def _rows(flat: Tensor, codes: Tensor, bits: int) -> Iterator[tuple[Tensor, Tens
         yield flat[whole:].view(1, -1), codes[whole * bits // 8 :].view(1, -1)
 
 
-def encode_bool(tensor: Tensor) -> LevelCode:
+def encode_bool(tensor: Tensor, dtype: torch.dtype = torch.bool) -> LevelCode:
     """Keep a bool tensor in one bit per element.
+
+    Args:
+        tensor: the tensor, any shape and strides.
+        dtype: dtype of what is restored, 0 and 1.
 
     Example:
         >>> encode_bool(torch.tensor([True, False, True])).decode()
@@ -192,7 +196,7 @@ def encode_bool(tensor: Tensor) -> LevelCode:
     for rows, place in _pieces(tensor, codes, 1):
         flags = rows.view(torch.uint8)  # which are their codes
         kernels.pack(pad(flags, (0, spare)) if (spare := -flags.shape[1] % 8) else flags, 1, place)
-    return LevelCode(codes, _on_device((False, True), tensor), tensor.numel(), "mask")
+    return LevelCode(codes, _on_device((0, 1), tensor, dtype), tensor.numel(), "mask")
 
 
 def encode_signs(tensor: Tensor) -> LevelCode:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comparing import assert_exact, codecs, made, weighted
+from comparing import assert_exact, codecs, compressed, made, weighted
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.nn import GATConv, GCNConv, RGCNConv, SAGEConv, TransformerConv
@@ -500,7 +500,6 @@ def test_comparisons_and_denominators_stay_exact(bits: int) -> None:
         "rsqrt": lambda h: h.abs().rsqrt(),
         "reciprocal": lambda h: h.reciprocal(),
         "denominator": lambda h: WEIGHTS[:ROWS] / h,
-        "logsumexp": lambda h: h.logsumexp(-1),
         "pow 0.5": lambda h: h.abs() ** 0.5,
         "acos": lambda h: (h / 10).acos(),
     }
@@ -509,6 +508,107 @@ def test_comparisons_and_denominators_stay_exact(bits: int) -> None:
             assert_exact(lambda function=function: weighted(function(made(x))), [x], bits)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+def segments(data: Tensor, reduce: str, **where: Tensor) -> Tensor:
+    return torch.segment_reduce(data, reduce, axis=0, **where)
+
+
+COMPARED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str]] = {
+    "amax": (lambda a, b: a.amax(-1), "Amax.self", "mask"),
+    "amax of all": (lambda a, b: a.amax(), "Amax.self", "mask"),
+    "amin, two dimensions": (lambda a, b: a.view(4, 10, WIDTH).amin((-1, 0)), "Amin.self", "mask"),
+    "amax that keeps them": (lambda a, b: a.view(4, 10, WIDTH).amax((2, 1), keepdim=True), "Amax.self", "mask"),
+    "amax of a transposed": (lambda a, b: a.t().amax(0), "Amax.self", "mask"),
+    "amax of a slice": (lambda a, b: a[:, 3:19].amax(1), "Amax.self", "mask"),
+    "amax of an expanded": (lambda a, b: a[:, None].expand(-1, 3, -1).amax(0), "Amax.self", "mask"),
+    "max": (lambda a, b: a.max(), "Max.self", "mask"),
+    "min": (lambda a, b: a.min(), "Min.self", "mask"),
+    "scatter amax": (lambda a, b: a.scatter_reduce(0, WIDE_INDEX, b, "amax"), "ScatterReduce.src", "mask"),
+    "scatter amin": (
+        lambda a, b: a.scatter_reduce(0, WIDE_INDEX, b, "amin", include_self=False), "ScatterReduce.src", "mask",
+    ),
+    "scatter over columns": (
+        lambda a, b: a.scatter_reduce(-1, COLUMNS, b[:ROWS], "amax"), "ScatterReduce.src", "mask",
+    ),
+    "scatter, each to its own": (
+        lambda a, b: a.scatter_reduce(0, OWN_INDEX, b[:, :20], "amax"), "ScatterReduce.src", "mask",
+    ),
+    "scatter in place": (
+        lambda a, b: torch.zeros_like(a).scatter_reduce_(0, WIDE_INDEX, b, "amax", include_self=False),
+        "ScatterReduce.src", "mask",
+    ),
+    "segments": (
+        lambda a, b: segments(b, "max", lengths=torch.tensor([100, 0, 150, 50])), "SegmentReduce.data", "mask",
+    ),
+    "segments by offsets": (
+        lambda a, b: segments(b, "min", offsets=torch.tensor([0, 250, 300])), "SegmentReduce.data", "mask",
+    ),
+    "segments' sums": (
+        lambda a, b: segments(b, "sum", lengths=torch.tensor([100, 0, 150, 50])), "SegmentReduce.data", "shape",
+    ),
+    "maximum": (lambda a, b: torch.maximum(a, b[:ROWS]), "Maximum.self", "sign"),
+    "minimum": (lambda a, b: torch.min(a, b[:ROWS]), "Minimum.self", "sign"),
+}  # fmt: skip
+COLUMNS = torch.randint(WIDTH, (ROWS, WIDTH), generator=generator)
+OWN_INDEX = torch.randint(ROWS, (EDGES, 20), generator=generator)
+
+
+@pytest.mark.parametrize("bits", [1, 8, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", COMPARED)
+def test_what_is_compared_is_kept_by_how_it_compares(name: str, dtype: torch.dtype, bits: int) -> None:
+    """Ties, which share a gradient, infinities and NaN among it."""
+    function, op, codec = COMPARED[name]
+    a, b = leaf(ROWS, WIDTH, dtype=dtype), leaf(EDGES, WIDTH, seed=1, dtype=dtype)
+    with torch.no_grad():
+        for x in (a, b):
+            x.mul_(2).round_()
+            x[3, ::4], x[7, ::5], x[11, ::7] = INF, -INF, NAN
+        b[13] = a[13]
+    ledger = assert_exact(lambda: weighted(function(made(a), made(b))), [a, b], bits)
+    assert codecs(ledger, op) == {codec}, ledger.rows()
+    node = op.partition(".")[0]
+    assert {entry.need for entry in ledger if entry.op.startswith(node) and entry.codec in ("mask", "sign")} <= {
+        "compared"
+    }
+
+
+NOT_COMPARED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "the user's": lambda a, b: a.amax(-1),
+    "the user's among edges": lambda a, b: torch.zeros(ROWS, WIDTH).scatter_reduce(0, WIDE_INDEX, b, "amax"),
+    "a broadcast": lambda a, b: torch.maximum(made(a), made(b)[:1]),
+    "another dtype": lambda a, b: torch.maximum(made(a), made(b)[:ROWS].double()),
+    "changed since": lambda a, b: torch.maximum(held := made(a), made(b)[:ROWS]) + 0 * held.add_(1).detach(),
+    "segments of columns": lambda a, b: torch.segment_reduce(
+        made(b), "max", axis=1, lengths=torch.tensor([[20, 12]]).expand(EDGES, 2).contiguous()
+    ),
+    "what is smaller exactly": lambda a, b: made(a)[:, :1].expand(-1, 512).amax(-1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [2, 32])
+@pytest.mark.parametrize("name", NOT_COMPARED)
+def test_what_can_not_be_compared_is_exact(name: str, bits: int) -> None:
+    a, b = leaf(ROWS, WIDTH), leaf(EDGES, WIDTH, seed=1)
+    with torch.no_grad():
+        a.abs_()
+    function = NOT_COMPARED[name]
+    if name == "changed since":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            assert_exact(lambda: weighted(function(a, b)), [a, b], bits)
+        return
+    ledger = assert_exact(lambda: weighted(function(a, b)), [a, b], bits)
+    assert "compared" not in {entry.need for entry in ledger if entry.codec in ("mask", "sign", "shape")}
+
+
+@pytest.mark.parametrize("bits", [2, 32])
+def test_a_maximum_over_neighbours_takes_a_bit_for_each_message(bits: int) -> None:
+    layer, x = SAGEConv(WIDTH, WIDTH, aggr="max", root_weight=False), leaf(ROWS, WIDTH)
+    _, ledger = compressed(lambda: weighted(layer(made(x), EDGE_INDEX)), [x], bits)
+    stored = {e.op: e.stored_bytes for e in ledger if e.op.startswith("ScatterReduce")}
+    masks = EDGES * WIDTH // 8 + ROWS * WIDTH // 8
+    assert masks <= sum(stored.values()) <= masks + 64, stored
 
 
 SLICES: dict[str, Callable[[Tensor], Tensor]] = {
