@@ -2,6 +2,7 @@
 
     python examples/benchmarks/memory.py
     python examples/benchmarks/memory.py --steps kgat gat --nodes 50000 --edges 500000 --json memory.json
+    python examples/benchmarks/memory.py --steps kgat gat rgcn --autocast
 
 For each step and width: the ratio of raw to stored bytes (both by the ledger), and over ``--draws`` draws of the
 rounding noise the gradient's relative error, mean of ``|g_k - g| / |g|``, and its bias, ``|mean of g_k - g| / |g|``.
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,23 @@ from torch import Tensor
 from lightning_tinykg import compress_activations
 
 
-def measure(step: Step, exact: Tensor, bits: int, recipe: str, draws: int) -> dict[str, Any]:
+@contextmanager
+def forward(device: str, autocast: bool, context: compress_activations | None = None) -> Iterator[Any]:
+    """What the forward runs in: bf16 autocast or not, and compression or not."""
+    with torch.autocast(device, torch.bfloat16, enabled=autocast), context or nullcontext() as given:
+        yield given
+
+
+def measure(
+    step: Step, exact: Tensor, bits: int, recipe: str, draws: int, device: str, autocast: bool
+) -> dict[str, Any]:
     """One row: the ratio, and the error over so many draws of noise."""
     compression = compress_activations(bits, recipe=recipe)
     if bits == 32:
         draws = 1
     mean, errors = torch.zeros_like(exact), []
     for _ in range(draws):
-        gradient, ledger = step.gradient(compression)
+        gradient, ledger = step.gradient(forward(device, autocast, compression))
         mean += gradient / draws
         errors.append(float((gradient - exact).norm() / exact.norm()))
     error = sum(errors) / draws
@@ -83,6 +95,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8, help="draws of the rounding noise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--autocast", action="store_true", help="in mixed precision, bf16")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     args = parser.parse_args()
 
@@ -98,12 +111,15 @@ def main() -> None:
             torch.manual_seed(args.seed)
             step = STEPS[name](graph, args.dim, args.layers)
             step.model.to(device)
-            exact, _ = step.gradient()
+            exact, _ = step.gradient(forward(device.type, args.autocast))
             for bits, recipe in runs:
                 progress.update(task, description=f"{name}, {bits} bits, {recipe}")
-                results.append({"step": name, **measure(step, exact, bits, recipe, args.draws)})
+                results.append(
+                    {"step": name, **measure(step, exact, bits, recipe, args.draws, device.type, args.autocast)}
+                )
                 progress.advance(task)
     size = f"{args.nodes:,} nodes, {args.edges:,} edges, dim {args.dim}, {args.layers} layers, {args.draws} draws"
+    size += ", bf16 autocast" if args.autocast else ""
     console = Console()
     console.width = max(console.width, 100)  # a narrow terminal or a file would cut the figures
     console.print(table(results, f"One training step: {size}"))

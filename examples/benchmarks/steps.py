@@ -105,7 +105,7 @@ class KGAT(nn.Module):
         outputs = [x]
         for linear_sum, linear_product in zip(self.sums, self.products, strict=True):
             message = self.attention(x)[:, None] * x[source]
-            around = torch.zeros_like(x).index_add(0, target, message)
+            around = torch.zeros_like(x, dtype=message.dtype).index_add(0, target, message)
             x = F.leaky_relu(linear_sum(x + around)) + F.leaky_relu(linear_product(x * around))
             x = F.dropout(x, 0.1, self.training)
             outputs.append(F.normalize(x))

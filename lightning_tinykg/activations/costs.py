@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_tinykg.activations.keeping import Record
@@ -68,6 +69,11 @@ class _Counted:
         while len(self.before) > mark:
             what, bits = self.before.pop()
             self.widths[what] = bits
+
+
+def _in_32_bits(nbytes: int, dtype: torch.dtype) -> int:
+    """The bytes in float32 of what has fewer bits: under autocast as much is made again as without."""
+    return nbytes * max(4 // dtype.itemsize, 1) if dtype.is_floating_point else nbytes
 
 
 _MOST_COUNTED = 256
@@ -139,12 +145,16 @@ class Costs:
             if not recipe.computes_itself and cost.work == recipe.work:  # it is picked from what is kept
                 worth = own
             work = share * cost.work
-            if cost.nbytes < worth and self._is_worth(work, worth - cost.nbytes, tensor.nbytes):
+            if cost.nbytes < worth and self._is_worth(
+                work, worth - cost.nbytes, _in_32_bits(tensor.nbytes, tensor.dtype)
+            ):
                 return Cost(cost.nbytes, work)
             if recipe.computes_itself or cost.nbytes >= worth:
                 break
             # where it is too much work to compute what rows are picked from, that may have codes of its own
-        if self._is_worth(work, worth, tensor.nbytes):  # if only what it is made of were kept
+        if self._is_worth(
+            work, worth, _in_32_bits(tensor.nbytes, tensor.dtype)
+        ):  # if only what it is made of were kept
             for value, computed in dict.fromkeys(self._paid_for):
                 value.wanted += self._worth_of[computed]
         return None
@@ -238,10 +248,16 @@ class Costs:
             worth = worth if self._deeply else own
         most = min(worth, most)
         # if it is gone, there is no choice, and the work is judged by what it is for
-        if recipe is not None and most > 0 and (gone or self._is_worth(recipe.work, worth, recipe.nbytes)):
+        if (
+            recipe is not None
+            and most > 0
+            and (gone or self._is_worth(recipe.work, worth, _in_32_bits(recipe.nbytes, recipe.dtype)))
+        ):
             mark = len(counted.before)
             cost = self.of_recipe(recipe, least, most, counted, computed=computed)
-            if cost.nbytes < most and (gone or self._is_worth(cost.work, worth - cost.nbytes, recipe.nbytes)):
+            if cost.nbytes < most and (
+                gone or self._is_worth(cost.work, worth - cost.nbytes, _in_32_bits(recipe.nbytes, recipe.dtype))
+            ):
                 return cost
             counted.undo(mark)
         if not gone:

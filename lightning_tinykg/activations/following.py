@@ -6,7 +6,6 @@ import math
 import weakref
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from lightning_tinykg.activations.books import Books
@@ -16,10 +15,11 @@ from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Reference,
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
 from lightning_tinykg.activations.remaking import Making, Remade
-from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, REPEATABLE, ROWS
+from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, ROWS
 from lightning_tinykg.activations.rules import ANGLE, SMOOTH, Rule
 from lightning_tinykg.activations.storages import Layout, is_plain, node_name
 from lightning_tinykg.activations.widths import Widths
+from lightning_tinykg.activations.within import made_within
 from lightning_tinykg.codecs.affine import FINE_BITS
 
 
@@ -55,12 +55,12 @@ class Follower:
         elif not fused and isinstance(mask, Levels):
             self.recipes.write(DROPOUT, (x, mask), {}, out)
 
-    def observe_cross_entropy(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-        """A cross entropy has run, and what it saves is the log-softmax of its input."""
-        logits = args[0] if args else kwargs.get("input")
-        if isinstance(logits, Tensor) and is_plain(result) and logits.shape == result.shape:
-            dim, repeatable = 0 if logits.dim() == 1 else 1, REPEATABLE[torch.log_softmax]
-            self.recipes.write(repeatable, (logits, dim), {"dtype": result.dtype}, result)
+    def observe_within(self, op: str, node: Any, attribute: str, tensor: Tensor, given: Any) -> None:
+        """An op has saved a tensor that it may have made for itself: write down how."""
+        if self.recipes.find(tensor) is None:
+            described = made_within(op, node, attribute, tensor, *given)
+            if described is not None:
+                self.recipes.write(*described)
 
     def remade(
         self,

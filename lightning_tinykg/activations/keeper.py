@@ -69,6 +69,9 @@ from lightning_tinykg.codecs.lossless import (
     encode_two_levels,
 )
 
+_PRODUCTS = frozenset({"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply", "multiply_"})
+"""Ops that multiply by what they are given, and by no mask that they have made."""
+
 _THROUGH: dict[Rule, Callable[[Tensor], Tensor]] = {
     ANGLE: lambda angles: angles.remainder(2 * math.pi),
     LOGARITHM: torch.exp,
@@ -190,9 +193,9 @@ class Keeper:
             if saved.exact or (node is None and attribute):
                 kept = self._choose(tensor, EXACT, entry, op, node, computes=False)
             elif self._by_rules:
-                if op == "cross_entropy" and where == "LogSoftmax.result" and self._follower is not None:
-                    self._follower.observe_cross_entropy(given[0], given[1], tensor)
                 rule = rule_for(node, attribute)
+                if self._follower is not None and node is not None and given is not None and rule is not SHAPE:
+                    self._follower.observe_within(op, node, attribute, tensor, given)
                 compared = self._comparer.kept(node, attribute, given, entry) if rule is COMPARED else None
                 kept = compared or self._choose(tensor, rule, entry, op, node)
             else:
@@ -223,8 +226,8 @@ class Keeper:
         factor_of = None
         if rule is MASK:
             rule, factor_of = LINEAR, node._sequence_nr()
-            # the attention may save anything, so on a GPU, where nobody looks for a third level, it is not asked
-            drops = "dropout" in op or (op == "scaled_dot_product_attention" and tensor.is_cpu)
+            # what another op multiplies by may be anything: on a GPU, where nobody looks for a third level, not asked
+            drops = "dropout" in op or (tensor.is_cpu and op not in _PRODUCTS)
             if drops and tensor.is_floating_point() and not tensor.requires_grad:
                 layout = Layout.of(tensor)
                 mask = encode_two_levels(layout.run(tensor))

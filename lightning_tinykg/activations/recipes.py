@@ -227,8 +227,9 @@ class RecipeBook:
                 return
         if not ingredients:  # what a context has as default may be other in the backward
             kwargs = kwargs | {"dtype": out.dtype, "device": out.device, "requires_grad": False}
-        device = out.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        device, autocast = out.device.type, None
+        if torch.is_autocast_enabled(device) and repeatable.carries is not SAME:  # what picks or copies casts nothing
+            autocast = torch.get_autocast_dtype(device)
         if value.users is None and out.grad_fn is not None:
             value.users = False  # an op has made it just now; without a history it is a leaf that the user has
         value.recipe = Recipe(

@@ -140,6 +140,14 @@ def _joined(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     return None if "out" in kwargs else ((tuple(args[0]), *args[1:]), kwargs)
 
 
+def _cast(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+    """Of a cast to another float: by a dtype, or as another tensor has it."""
+    to = args[1] if len(args) > 1 else kwargs.get("dtype", kwargs.get("other"))
+    dtype = to.dtype if isinstance(to, Tensor) else to
+    stays = not isinstance(to, Tensor) or to.device == args[0].device
+    return ((args[0], dtype), {}) if stays and isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
 def _new_zeros(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     """Of ``x.new_zeros``; dtype and device are those of the result."""
     sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
@@ -241,6 +249,10 @@ def _table() -> dict[Any, Repeatable]:
     found |= dict.fromkeys((torch.norm, Tensor.norm, torch.linalg.norm, torch.linalg.vector_norm), length)
     add("cat concat stack", SAME, 1, _joined)
     add("repeat repeat_interleave", SAME, 1)
+    add("reshape flatten contiguous clone", SAME, 1)  # where they copy
+    for casts in (Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double):
+        found[casts] = Repeatable(casts, casts.__name__, SAME, 1, _as_called)
+    found[Tensor.to] = found[Tensor.type_as] = Repeatable(Tensor.to, "to", SAME, 1, _cast)
     add("arange zeros ones full", SAME, 0.5)
     found[Tensor.new_zeros] = Repeatable(torch.zeros, "zeros", SAME, 0.5, _new_zeros)
     found[torch.zeros_like] = Repeatable(torch.zeros, "zeros", SAME, 0.5, _zeros_like)
@@ -272,3 +284,11 @@ DROPOUT = Repeatable(torch.mul, "dropout", LINEAR, 2, _as_called)
 
 FUSED_DROPOUT = Repeatable(_mask_and_scale, "dropout", LINEAR, 2, _as_called, rounds=True)
 """Dropout by its bool mask."""
+
+
+def _copied(x: Tensor, dtype: torch.dtype, expanded: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    return x.to(dtype).expand(expanded).reshape(shape).contiguous()
+
+
+COPIED = Repeatable(_copied, "copy", SAME, 1, _as_called)
+"""What an op casts, or copies in order, for itself."""

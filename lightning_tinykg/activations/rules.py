@@ -40,8 +40,8 @@ own, and these, their activation, and what goes into the layers that follow are 
 
 What is only compared (:mod:`~lightning_tinykg.activations.compared`) is kept exactly where that takes less.
 
-What is needed as it is, is not made again of sums over edges on a GPU, which are added up in another order each time: the
-backward of an infinity norm looks for the elements that equal it.
+What is needed as it is, is not made again of sums over edges on a GPU, which are added up in another order each time:
+the backward of an infinity norm looks for the elements that equal it.
 
 A node that is not in the table is kept exactly if it is one of PyTorch's own, and is ``UNKNOWN`` if it is a custom
 function or a compiled graph. Whoever knows better about a custom function says so in the table:

@@ -854,14 +854,20 @@ def test_dropouts_however_they_are_called(bits: int) -> None:
         assert "dropout(getitem(x))" in {entry.recipe for entry in ledger}
 
 
-def test_the_dropout_of_an_attention_is_kept_as_a_mask() -> None:
+HEADS = nn.MultiheadAttention(WIDTH, 2, dropout=0.2, batch_first=True)
+
+
+@pytest.mark.parametrize("attention", [
+    lambda h: F.scaled_dot_product_attention(h, h.flip(-1), h, dropout_p=0.2),
+    lambda h: HEADS(h, h, h, need_weights=False)[0],
+])  # fmt: skip
+def test_the_dropout_of_an_attention_is_kept_as_a_mask(attention: Callable[[Tensor], Tensor]) -> None:
     """Its ops are within one function: the mask is not seen to be made, the weights can't be made again."""
     a = table()
 
     def function(x: Tensor) -> Tensor:
         torch.manual_seed(0)
-        h = made(x).view(4, -1, WIDTH)
-        return F.scaled_dot_product_attention(h, h.flip(-1), h, dropout_p=0.2)
+        return attention(made(x).view(4, -1, WIDTH))
 
     off, ledger = error(function, a, 8)
     assert off < 0.02

@@ -47,7 +47,7 @@ def step(
         with torch.no_grad():
             for buffer, before in state:
                 buffer.copy_(before)
-        copied, named = tree_map(lambda value: value.clone() if _is_leaf(value) else value, inputs)
+        copied, named = tree_map(lambda value: torch.ops.aten.clone(value) if _is_leaf(value) else value, inputs)
         return run(module, *copied, **named) if run is not None else module(*copied, **named)
 
     return Case(type(module).__name__, forward, leaves, z_test=z_test)

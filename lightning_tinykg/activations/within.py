@@ -1,0 +1,103 @@
+"""What an op makes for itself of an argument, and saves: a cast under autocast, a copy in another order, a log-softmax.
+
+Under autocast a linear layer saves its input in 16 bits, a tensor that nobody else has; a product of a transposed
+tensor saves its copy in order. They are as good as the argument that they are made of, and made of it again. That they
+are is told by the graph: between the node that saved a tensor and the argument's own there is nothing but a cast or a
+copy, and views.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tinykg.activations.repeatable import COPIED, REPEATABLE, Repeatable
+from lightning_tinykg.activations.storages import is_plain, node_name, tensors_in
+
+_IN_ORDER = frozenset({"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand"})
+_PERMUTED = frozenset({"T", "Transpose", "Permute"})
+_MADE = frozenset({"ToCopy", "Clone"})
+_STEPS = 8
+
+_INPUTS = {"self": 0, "input": 0, "mat2": 1, "other": 1, "vec": 1, "weight": 1, "target": 1}
+_INPUTS_BESIDE_A_SUM = {"mat1": 1, "mat2": 2, "batch1": 1, "batch2": 2, "mat": 1, "vec": 2}
+"""By attribute: which input of its node a saved tensor is, also of a product that is added to something."""
+
+_PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
+
+Made = tuple[Repeatable, tuple[Any, ...], dict[str, Any], Tensor]
+"""How a tensor was made: the op, its arguments, and the tensor, of which what was saved may be a view."""
+
+
+def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[Any, ...], kwargs: Any) -> Made | None:
+    """How a tensor was made of an op's arguments that the op itself made, and saved; None if that is not known.
+
+    Args:
+        op: name of the op, as it was called.
+        node: the autograd node that saved it.
+        attribute: the saved attribute.
+        tensor: the saved tensor, which is no argument of the op.
+        args: the op's arguments.
+        kwargs: its keyword arguments.
+    """
+    name = node_name(node)
+    if op == "cross_entropy" and name == "LogSoftmax":
+        return _log_softmax(args, kwargs, tensor)
+    place = (_INPUTS_BESIDE_A_SUM if name.startswith(("Add", "Badd")) else _INPUTS).get(attribute)
+    made = tensor if tensor._base is None else tensor._base
+    if place is None or not tensor.is_floating_point() or place >= len(node.next_functions):
+        return None
+    given = [argument for argument in tensors_in((args, kwargs)) if argument.is_floating_point()]
+    step = node.next_functions[place][0]
+    argument = _constant(op, attribute, args, made) if step is None else _origin(step, given)
+    if argument is None or not is_plain(argument) or argument.device != made.device:
+        return None
+    if argument.shape == made.shape and not made.is_contiguous():  # a transposed one is cast as it lies
+        order = sorted(range(made.dim()), key=made.stride, reverse=True)
+        argument, made = argument.permute(order), made.permute(order)
+    expanded = tuple(argument.shape)
+    if argument.numel() != made.numel():
+        if op not in ("matmul", "__matmul__") or min(x.dim() for x in given) < 2:
+            return None
+        expanded = (*torch.broadcast_shapes(*(x.shape[:-2] for x in given)), *expanded[-2:])
+        if math.prod(expanded) != made.numel():
+            return None
+    return COPIED, (argument, made.dtype, expanded, tuple(made.shape)), {}, made
+
+
+def _origin(step: Any, given: list[Tensor]) -> Tensor | None:
+    """The argument that something was cast or copied of, in order, by its place in the graph."""
+    copied = False
+    for _ in range(_STEPS):
+        name = node_name(step)
+        leaf = step.variable if name == "AccumulateGrad" else None
+        for argument in given:
+            if argument.grad_fn is step or (leaf is not None and argument is leaf):
+                return argument if copied else None
+        copied = copied or name in _MADE
+        if name not in _MADE and name not in _IN_ORDER and (copied or name not in _PERMUTED):
+            return None
+        step = step.next_functions[0][0]
+        if step is None:
+            return None
+    return None
+
+
+def _constant(op: str, attribute: str, args: tuple[Any, ...], made: Tensor) -> Tensor | None:
+    """A factor that has no place in the graph, since it needs no gradient."""
+    if op not in _PRODUCTS or len(args) < 2:
+        return None
+    argument = args[1 if attribute == "mat2" else 0]
+    return argument if not argument.requires_grad and argument.numel() == made.numel() else None
+
+
+def _log_softmax(args: tuple[Any, ...], kwargs: Any, result: Tensor) -> Made | None:
+    """The log-softmax of a cross entropy's input."""
+    logits = args[0] if args else kwargs.get("input")
+    if not isinstance(logits, Tensor) or logits.shape != result.shape:
+        return None
+    dim = 0 if logits.dim() == 1 else 1
+    return REPEATABLE[torch.log_softmax], (logits, dim), {"dtype": result.dtype}, result

@@ -1,0 +1,182 @@
+"""What an op casts or copies for itself is made again of its argument, and is to the last bit what it was."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from comparing import assert_exact, codecs, compressed, made, weighted
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_geometric.nn import CGConv, EdgeConv, GATv2Conv, RGCNConv, TransformerConv
+
+from lightning_tinykg.activations.repeatable import COPIED as COPIED_OP
+
+NODES, EDGES, WIDTH = 200, 3000, 32
+
+generator = torch.Generator().manual_seed(0)
+SOURCE = torch.randint(NODES, (EDGES,), generator=generator)
+TARGET = torch.randint(NODES, (EDGES,), generator=generator)
+SQUARE = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5)
+FEATURES = torch.randn(EDGES, WIDTH, generator=generator)
+MATRICES = nn.Parameter(torch.randn(4, WIDTH, WIDTH, generator=generator) / WIDTH**0.5)
+LINEAR = nn.Linear(WIDTH, WIDTH, bias=False)
+BIAS = nn.Parameter(torch.randn(WIDTH, generator=generator))
+
+
+def table(seed: int = 0) -> Tensor:
+    return torch.randn(NODES, WIDTH, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def rows(a: Tensor) -> Tensor:
+    return a[SOURCE].tanh()
+
+
+def cube(a: Tensor) -> Tensor:
+    return rows(a).view(30, 100, WIDTH)
+
+
+CAST: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "linear": (lambda a: F.linear(rows(a), SQUARE, BIAS), "Addmm.mat1"),
+    "linear without bias": (lambda a: F.linear(rows(a), SQUARE), "Mm.self"),
+    "its weight": (lambda a: F.linear(rows(a), SQUARE), "Mm.mat2"),
+    "linear of cubes": (lambda a: F.linear(cube(a), SQUARE, BIAS), ""),
+    "a view of rows": (lambda a: F.linear(rows(a).view(30, 100, WIDTH)[:, :50], SQUARE), ""),
+    "matmul": (lambda a: rows(a) @ SQUARE, "Mm.self"),
+    "mm": (lambda a: torch.mm(SQUARE, rows(a).t()), "Mm.mat2"),
+    "of itself": (lambda a: (h := a.tanh()) @ h.t(), "Mm.self"),
+    "bmm": (lambda a: torch.bmm(cube(a), cube(a).transpose(1, 2)), "Bmm.self"),
+    "addmm": (lambda a: torch.addmm(BIAS, rows(a), SQUARE, beta=2), "Addmm.mat1"),
+    "baddbmm": (lambda a: torch.baddbmm(BIAS, cube(a), SQUARE.expand(30, -1, -1)), "Baddbmm.batch1"),
+    "two squares": (lambda a: torch.mm(rows(a)[:WIDTH], rows(a)[WIDTH : 2 * WIDTH]), "Mm.self"),
+    "a matrix of each head": (lambda a: cube(a)[:, :, None] @ SQUARE.view(1, 1, WIDTH, WIDTH), ""),
+    "log": (lambda a: torch.exp(rows(a) @ SQUARE).log1p(), ""),
+    "softmax": (lambda a: (rows(a) @ SQUARE).softmax(-1), ""),
+    "cross entropy": (lambda a: F.cross_entropy(rows(a) @ SQUARE, SOURCE % WIDTH), ""),
+    "layer norm": (lambda a: F.layer_norm(rows(a) @ SQUARE, (WIDTH,)), ""),
+    "convolution": (lambda a: F.conv1d(cube(a).transpose(1, 2), SQUARE[:, :, None]), ""),
+    "attention": (lambda a: F.scaled_dot_product_attention(cube(a), cube(a), cube(a)), ""),
+    "einsum": (lambda a: torch.einsum("nd,de->ne", rows(a), SQUARE), ""),
+    "the user's features": (lambda a: LINEAR(FEATURES) * rows(a), "Mm.self"),
+    "scores": (lambda a: a.tanh() @ (a.sigmoid() * 2).t(), "Mm.mat2"),
+    "a graph convolution": (lambda a: RELATIONS(a, torch.stack([SOURCE, TARGET]), SOURCE % 3), ""),
+}
+
+COPIED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "a transposed matrix": (lambda a: cube(a).transpose(1, 2) @ torch.ones(100, 1, requires_grad=True), "Mm.self"),
+    "linear of a transposed": (lambda a: F.linear(cube(a).transpose(0, 1), SQUARE, BIAS), "Mm.self"),
+    "a matrix from the left": (lambda a: SQUARE[:5, :30] @ rows(a).view(100, 30, WIDTH), ""),
+    "from the left": (lambda a: BIAS[:30].view(1, 30) @ cube(a).transpose(0, 1), ""),
+    "a vector from the left": (lambda a: BIAS[:30] @ cube(a).transpose(0, 1), ""),
+    "a matrix for each": (lambda a: cube(a)[:, :, None, None] @ MATRICES, "Bmm.mat2"),
+    "rows for each matrix": (lambda a: cube(a).transpose(0, 1)[:, None] @ MATRICES, "Bmm.self"),
+    "features in another order": (
+        lambda a: LINEAR(FEATURES.view(30, 100, WIDTH).transpose(0, 1)) * a[0], "Mm.self"
+    ),
+}  # fmt: skip
+
+REPEATED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "reshape": (lambda a: cube(a).transpose(0, 1).reshape(-1, WIDTH).exp(), "Exp.result"),
+    "flatten": (lambda a: cube(a).transpose(0, 2).flatten(1).exp(), "Exp.result"),
+    "contiguous": (lambda a: cube(a).transpose(0, 2).contiguous().exp(), "Exp.result"),
+    "clone": (lambda a: rows(a).clone().exp(), "Exp.result"),
+    "expand": (lambda a: a.tanh()[:, None].expand(-1, 3, -1).reshape(-1, WIDTH).exp(), "Exp.result"),
+    "half and float": (lambda a: rows(a).half().float().exp(), "Exp.result"),
+    "bfloat16": (lambda a: rows(a).bfloat16().exp().double(), "Exp.result"),
+    "to": (lambda a: rows(a).to(torch.float64).exp(), "Exp.result"),
+    "to by name": (lambda a: rows(a).to(dtype=torch.float16).exp(), "Exp.result"),
+    "type as": (lambda a: rows(a).type_as(torch.ones(1, dtype=torch.float64)).exp(), "Exp.result"),
+    "a mask": (lambda a: (rows(a) > 0.1).to(torch.float32).mul(rows(a)).exp(), "Exp.result"),
+}
+
+RELATIONS = RGCNConv(WIDTH, WIDTH, 3, num_bases=2)
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "aggressive", "off"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*CAST, *COPIED])
+def test_under_autocast_it_is_exact(name: str, dtype: torch.dtype, recompute: str) -> None:
+    function, _ = (CAST | COPIED)[name]
+    a = table()
+    with torch.autocast("cpu", dtype):
+        assert_exact(lambda: weighted(function(a)), [a, SQUARE, BIAS, MATRICES], recompute=recompute)
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "aggressive", "off"])
+@pytest.mark.parametrize("name", [*CAST, *COPIED, *REPEATED])
+def test_without_autocast_it_is_exact(name: str, recompute: str) -> None:
+    function, _ = (CAST | COPIED | REPEATED)[name]
+    a = table()
+    assert_exact(lambda: weighted(function(a)), [a, SQUARE, BIAS, MATRICES], recompute=recompute)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, op) in CAST.items() if op])
+def test_a_cast_is_made_again(name: str) -> None:
+    function, op = CAST[name]
+    a = table()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, ledger = compressed(lambda: weighted(function(a)), [a], 8, recompute="aggressive")
+    assert codecs(ledger, op) <= {"recipe", "gather"}, ledger.rows()
+
+
+@pytest.mark.parametrize("name", [name for name, (_, op) in (COPIED | REPEATED).items() if op])
+def test_a_copy_is_made_again(name: str) -> None:
+    function, op = (COPIED | REPEATED)[name]
+    a = table()
+    _, ledger = compressed(lambda: weighted(function(a)), [a], 32, recompute="aggressive")
+    assert codecs(ledger, op) <= {"recipe", "gather"}, ledger.rows()
+
+
+def test_what_was_changed_after_it_was_cast_is_not_what_it_was() -> None:
+    a = table()
+
+    def loss() -> Tensor:
+        h = made(a)
+        out = F.linear(h, SQUARE)
+        h.add_(1.0)
+        return weighted(out) + weighted(h)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_exact(loss, [a, SQUARE], recompute="aggressive")
+
+
+def test_a_cast_to_integers_is_not_made_again() -> None:
+    """It may jump where what it is made of is off by a bit, as sums in any order are."""
+    a = table()
+    _, ledger = compressed(lambda: weighted(rows(a).exp() * (rows(a) * 10).to(torch.int64)), [a], 32)
+    assert codecs(ledger, "Mul.other") == {"int64 as int8", "held"}
+
+
+def test_a_copy_is_in_order_where_there_is_nothing_to_cast() -> None:
+    x = torch.randn(3, 4).t()
+    copied = COPIED_OP.op(x, x.dtype, tuple(x.shape), tuple(x.shape))
+    assert copied.is_contiguous()
+    assert torch.equal(copied, x)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "rgcn": lambda: RGCNConv(64, 64, 3, num_bases=2),
+    "edge conv": lambda: EdgeConv(nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64))),
+    "crystal graphs": lambda: CGConv(64),
+    "gatv2": lambda: GATv2Conv(64, 16, heads=4),
+    "transformer": lambda: TransformerConv(64, 16, heads=4),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_mixed_precision_stores_no_more_than_full_precision(name: str) -> None:
+    """What is cast for a layer's products is not kept beside what it was cast of."""
+    torch.manual_seed(0)
+    layers, stored = [LAYERS[name]() for _ in range(2)], []
+    a = torch.randn(NODES, 64, requires_grad=True)
+    edges = (torch.stack([SOURCE, TARGET]), *([SOURCE % 3] if name == "rgcn" else []))
+
+    def loss() -> Tensor:
+        h: Tensor = a
+        for layer in layers:
+            h = F.layer_norm(layer(h, *edges), (64,)).relu()
+        return weighted(h.float())
+
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            stored.append(compressed(loss, [a], 8)[1].stored_bytes)
+    assert stored[1] <= 1.05 * stored[0]
