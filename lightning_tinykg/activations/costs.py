@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_tinykg.activations.keeping import Record
@@ -21,7 +20,7 @@ from lightning_tinykg.activations.repeatable import (
     SATURATES,
 )
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
-from lightning_tinykg.activations.storages import Layout
+from lightning_tinykg.activations.storages import Layout, in_32_bits
 from lightning_tinykg.activations.values import Value
 from lightning_tinykg.activations.widths import NARROW, Widths
 from lightning_tinykg.codecs.affine import FINE_BITS
@@ -69,11 +68,6 @@ class _Counted:
         while len(self.before) > mark:
             what, bits = self.before.pop()
             self.widths[what] = bits
-
-
-def _in_32_bits(nbytes: int, dtype: torch.dtype) -> int:
-    """The bytes in float32 of what has fewer bits: under autocast as much is made again as without."""
-    return nbytes * max(4 // dtype.itemsize, 1) if dtype.is_floating_point else nbytes
 
 
 _MOST_COUNTED = 256
@@ -146,14 +140,14 @@ class Costs:
                 worth = own
             work = share * cost.work
             if cost.nbytes < worth and self._is_worth(
-                work, worth - cost.nbytes, _in_32_bits(tensor.nbytes, tensor.dtype)
+                work, worth - cost.nbytes, in_32_bits(tensor.nbytes, tensor.dtype)
             ):
                 return Cost(cost.nbytes, work)
             if recipe.computes_itself or cost.nbytes >= worth:
                 break
             # where it is too much work to compute what rows are picked from, that may have codes of its own
         if self._is_worth(
-            work, worth, _in_32_bits(tensor.nbytes, tensor.dtype)
+            work, worth, in_32_bits(tensor.nbytes, tensor.dtype)
         ):  # if only what it is made of were kept
             for value, computed in dict.fromkeys(self._paid_for):
                 value.wanted += self._worth_of[computed]
@@ -251,12 +245,12 @@ class Costs:
         if (
             recipe is not None
             and most > 0
-            and (gone or self._is_worth(recipe.work, worth, _in_32_bits(recipe.nbytes, recipe.dtype)))
+            and (gone or self._is_worth(recipe.work, worth, in_32_bits(recipe.nbytes, recipe.dtype)))
         ):
             mark = len(counted.before)
             cost = self.of_recipe(recipe, least, most, counted, computed=computed)
             if cost.nbytes < most and (
-                gone or self._is_worth(cost.work, worth - cost.nbytes, _in_32_bits(recipe.nbytes, recipe.dtype))
+                gone or self._is_worth(cost.work, worth - cost.nbytes, in_32_bits(recipe.nbytes, recipe.dtype))
             ):
                 return cost
             counted.undo(mark)

@@ -14,7 +14,7 @@ from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Record, Re
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.rules import Need
 from lightning_tinykg.activations.sensitivity import Rounded
-from lightning_tinykg.activations.storages import Layout
+from lightning_tinykg.activations.storages import Layout, in_32_bits
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
 from lightning_tinykg.codecs.lossless import Code, RawCode, encode_bool, encode_integers
@@ -53,7 +53,7 @@ class Forms:
                 least = self._widths.raised(least)
             record.factor_of = factor_of
         run = layout.run(tensor)
-        bits = self._widths.better(layout, tensor.itemsize, least)
+        bits = self._widths.better(layout, in_32_bits(tensor.itemsize, tensor.dtype), least)
         if record.bits < bits:
             if record.entry is not None:  # the coarser code is replaced, for every save that has it
                 record.entry.stored_bytes = 0

@@ -50,6 +50,7 @@ from lightning_tinykg.activations.rules import (
 )
 from lightning_tinykg.activations.storages import (
     Layout,
+    in_32_bits,
     is_plain,
     node_name,
     storage_id,
@@ -188,7 +189,7 @@ class Keeper:
             tensor = plain
             self._books.charge(saved, tensor, entry)
             self.workspace.largest = max(self.workspace.largest, tensor.nbytes)
-            self.widths.charge(entry.raw_bytes)
+            self.widths.charge(in_32_bits(entry.raw_bytes, tensor.dtype))
             self.widths.turn_to(saved.module, where)
             if saved.exact or (node is None and attribute):
                 kept = self._choose(tensor, EXACT, entry, op, node, computes=False)

@@ -156,6 +156,18 @@ def is_users_weight(tensor: Tensor) -> bool:
     return True
 
 
+def in_32_bits(nbytes: int, dtype: torch.dtype) -> int:
+    """The bytes that floats of fewer bits would have in float32.
+
+    By these it is judged what is large and what is worth its work, so that mixed precision decides as full precision.
+
+    Example:
+        >>> in_32_bits(200, torch.bfloat16), in_32_bits(200, torch.float64), in_32_bits(200, torch.bool)
+        (400, 200, 200)
+    """
+    return nbytes * max(4 // dtype.itemsize, 1) if dtype.is_floating_point else nbytes
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
     """How a tensor lies on the flat run of elements that is kept for it.
