@@ -13,6 +13,7 @@ from lightning_tinykg.activations.keeping import Record, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.values import Values
+from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.codecs.lossless import RawCode
 
 _DYING = 4
@@ -33,11 +34,13 @@ class Books:
     Args:
         ledger: where they are written.
         values: the storages.
+        workspace: has to know the largest tensor.
     """
 
-    def __init__(self, ledger: Ledger, values: Values) -> None:
+    def __init__(self, ledger: Ledger, values: Values, workspace: Workspace) -> None:
         self._ledger = ledger
         self._values = values
+        self._workspace = workspace
         self._recent: deque[tuple[int, weakref.ref[Saved], Entry]] = deque()
         self._ops = 0
 
@@ -49,6 +52,7 @@ class Books:
 
     def charge(self, saved: Saved, tensor: Tensor, entry: Entry) -> None:
         """Charge a storage's bytes to the first save that keeps it alive."""
+        self._workspace.largest = max(self._workspace.largest, tensor.nbytes)
         self._strike_dead()
         self._recent.append((self._ops, weakref.ref(saved), entry))
         value = self._values.of(tensor)
@@ -70,6 +74,10 @@ class Books:
             record = Record(value.storage)
             value.keep(layout, tensor.dtype, tensor._version, record)
         return record
+
+    def linger(self, tensor: Tensor) -> None:
+        """Hold on to what is kept coarsely, up to the bytes of the largest tensor, as is held in the backward."""
+        self._values.linger(tensor, self._workspace.largest)
 
     def next_op(self, backward: bool) -> None:
         """An op begins: strike off what a node saved that died at once.

@@ -11,6 +11,7 @@ from lightning_tinykg.activations.keeping import Record
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
 from lightning_tinykg.activations.repeatable import (
     BOUNDED,
+    COPIED,
     EXACT,
     LINEAR,
     PRODUCT,
@@ -80,10 +81,12 @@ class Cost(NamedTuple):
     Attributes:
         nbytes: bytes that are kept for it and not kept yet; infinity where it is impossible.
         work: bytes that are moved to make the tensor again.
+        finer: of the bytes, those for 8 bits of what is kept in fewer and held: they are no reason against the work.
     """
 
     nbytes: float
     work: float
+    finer: float = 0
 
 
 _FREE = Cost(0, 0)
@@ -135,20 +138,22 @@ class Costs:
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
         for self._deeply in (True, False):
             self._paid_for.clear()
-            cost = self.of_recipe(recipe, judged, worth)
+            copied = recipe.repeatable is COPIED  # an argument's code may serve others too, so it is as good as its own
+            cost = self.of_recipe(recipe, judged, worth + copied)
             if not recipe.computes_itself and cost.work == recipe.work:  # it is picked from what is kept
                 worth = own
             work = share * cost.work
-            if cost.nbytes < worth and self._is_worth(
-                work, worth - cost.nbytes, in_32_bits(tensor.nbytes, tensor.dtype)
+            # what is only held for a finer code has one already, so fewer bytes have to be fewer in fact
+            saves = cost.nbytes < (own if cost.finer else worth)
+            if (copied and cost.nbytes <= own) or (
+                saves
+                and self._is_worth(work, worth - cost.nbytes + cost.finer, in_32_bits(tensor.nbytes, tensor.dtype))
             ):
                 return Cost(cost.nbytes, work)
             if recipe.computes_itself or cost.nbytes >= worth:
                 break
             # where it is too much work to compute what rows are picked from, that may have codes of its own
-        if self._is_worth(
-            work, worth, in_32_bits(tensor.nbytes, tensor.dtype)
-        ):  # if only what it is made of were kept
+        if self._is_worth(work, worth, in_32_bits(tensor.nbytes, tensor.dtype)):  # if only what it is made of were kept
             for value, computed in dict.fromkeys(self._paid_for):
                 value.wanted += self._worth_of[computed]
         return None
@@ -204,16 +209,17 @@ class Costs:
             return _FREE
         mark = len(counted.before)
         counted.add(recipe, least)
-        nbytes, work = 0.0, recipe.work
+        nbytes, work, finer = 0.0, recipe.work, 0.0
         for ingredient in recipe.ingredients:
             needed = self.needed(recipe, ingredient, least)
             cost = self.of_ingredient(ingredient, needed, most - nbytes, counted, computed=computed)
             nbytes += cost.nbytes
             work += cost.work
+            finer += cost.finer
             if nbytes >= most or len(counted.before) > _MOST_COUNTED:
                 counted.undo(mark)
                 return _IMPOSSIBLE
-        return Cost(nbytes, work)
+        return Cost(nbytes, work, finer)
 
     def of_ingredient(
         self, ingredient: Ingredient, least: int, most: float, counted: _Counted | None = None, *, computed: bool
@@ -221,12 +227,16 @@ class Costs:
         """What one of them takes: nothing, its own code, or its own recipe."""
         counted = counted or _Counted()
         least = least if ingredient.floating else 32
-        if counted.widths.get(ingredient.value, 0) >= least or self.kept(ingredient, least) is not None:
+        if (
+            counted.widths.get((ingredient.value, ingredient.version), 0) >= least
+            or self.kept(ingredient, least) is not None
+        ):
             return _FREE
         gone = ingredient.source() is None
         if ingredient.free and not gone:
             return _FREE
         own = worth = math.inf
+        finer = 0.0
         recipe = ingredient.recipe
         if not gone:  # a coarser code that there is would be replaced
             bits = 8 if self._widths.literal and least < 32 else least  # of all plans the bytes are as reckoned
@@ -239,6 +249,8 @@ class Costs:
             # not asked for again.
             wanted = ingredient.value.wanted if own <= 2 * self._worth_of[computed] else 0
             own = max(own - wanted, 0)
+            if computed and coded and ingredient.lingers:
+                finer = min(own, self._coded(ingredient, bits) - coded)
             worth = worth if self._deeply else own
         most = min(worth, most)
         # if it is gone, there is no choice, and the work is judged by what it is for
@@ -250,15 +262,16 @@ class Costs:
             mark = len(counted.before)
             cost = self.of_recipe(recipe, least, most, counted, computed=computed)
             if cost.nbytes < most and (
-                gone or self._is_worth(cost.work, worth - cost.nbytes, in_32_bits(recipe.nbytes, recipe.dtype))
+                gone
+                or self._is_worth(cost.work, worth - cost.nbytes + cost.finer, in_32_bits(recipe.nbytes, recipe.dtype))
             ):
                 return cost
             counted.undo(mark)
         if not gone:
             self._paid_for.append((ingredient.value, computed))
             if ingredient.layout.offset == 0:
-                counted.add(ingredient.value, least)
-        return Cost(own, 0)
+                counted.add((ingredient.value, ingredient.version), least)
+        return Cost(own, 0, finer)
 
     def _is_worth(self, work: float, saved: float, nbytes: int) -> bool:
         return work <= min(self._worth.per_byte * saved, self._worth.passes * nbytes)
@@ -270,12 +283,12 @@ class Costs:
     def _exact_enough(self, least: int) -> int:
         return 1 if self._widths.literal and least < 32 else least
 
-    def _coded(self, ingredient: Ingredient) -> int:
-        """The bytes of the code that there is of an ingredient."""
+    def _coded(self, ingredient: Ingredient, needed: int = 1) -> int:
+        """The bytes of the code that there is of an ingredient, or of one in 8 bits, if as many are needed."""
         record = ingredient.record(1)
         if record is None or record.value is None:
             return 0
-        bits = 8 if self._widths.literal and record.bits < 32 else record.bits
+        bits = 8 if self._widths.literal and record.bits < 32 else max(record.bits, min(needed, 8))
         return self._code(ingredient.layout, ingredient.dtype.itemsize, bits)
 
     def own_cost(self, tensor: Tensor, rule: Rule, least: int) -> int:

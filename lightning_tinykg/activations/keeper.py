@@ -110,7 +110,7 @@ class Keeper:
         self.widths = Widths(plan, group_size)
         self._min_bytes = min_bytes
         self._by_rules = by_rules
-        self._books = Books(ledger, self.values)
+        self._books = Books(ledger, self.values, self.workspace)
         self.forms = Forms(self._books, self.widths, key)
         self._follower: Follower | None = None
         if by_rules and recompute != "off":
@@ -188,7 +188,6 @@ class Keeper:
         else:
             tensor = plain
             self._books.charge(saved, tensor, entry)
-            self.workspace.largest = max(self.workspace.largest, tensor.nbytes)
             self.widths.charge(in_32_bits(entry.raw_bytes, tensor.dtype))
             self.widths.turn_to(saved.module, where)
             if saved.exact or (node is None and attribute):

@@ -57,22 +57,31 @@ class Ingredient:
     recipe: Recipe | None
     free: bool
 
+    @property
+    def lingers(self) -> bool:
+        """Whether it would be gone, were it not held for a finer code."""
+        return self.find() is None and self.value.raw is not None
+
     def source(self) -> Tensor | None:
         """The tensor, or the one that it is a view of, if it is still there and still what it was."""
         base = self.find()
+        base = self.value.raw if base is None else base
         return None if base is None or base._version != self.version or is_freed(base) else base
 
     def tensor(self) -> Tensor | None:
         """The tensor, if it is still there and still what it was."""
         base, layout = self.source(), self.layout
-        return base if base is None or self.whole else base.as_strided(layout.shape, layout.stride, layout.offset)
+        if base is None or (self.whole and base is not self.value.raw):
+            return base
+        return base.as_strided(layout.shape, layout.stride, layout.offset)
 
     def record(self, least: int) -> Record | None:
         """What is kept of it, if that is exact enough."""
         record = self.value.record(self.layout, self.dtype, self.version)
         if record is None or record.bits < least:
             return None
-        return None if record.reference is not None and is_freed(record.reference.alias) else record
+        alias = None if record.reference is None else record.reference.alias
+        return None if alias is not None and (is_freed(alias) or alias._version != self.version) else record
 
 
 @dataclass(slots=True, eq=False)
@@ -214,7 +223,7 @@ class RecipeBook:
         most = 0 if repeatable.table is None else max(out.nbytes, self._min_bytes)
         ingredients: list[Ingredient] = []
         try:
-            made = tuple([self._argument(argument, most, ingredients) for argument in args])
+            made = tuple([self._argument(argument, most, ingredients, out) for argument in args])
         except _NoIngredient:
             return
         repeats = steady = repeatable.repeats(out)
@@ -223,7 +232,7 @@ class RecipeBook:
                 if repeatable.jumps:  # it wants what the forward had
                     ingredient.recipe = None
                 steady = steady and repeatable.jumps
-            if ingredient.value is value:  # in place, or a view
+            if ingredient.value is value and ingredient.version == out._version:  # a view
                 return
         if not ingredients:  # what a context has as default may be other in the backward
             kwargs = kwargs | {"dtype": out.dtype, "device": out.device, "requires_grad": False}
@@ -260,20 +269,22 @@ class RecipeBook:
                 alive.append(value)
         self._noted, self._until_sweep = alive, max(_SWEEP, len(alive) // 4)
 
-    def _argument(self, argument: Any, most: int, ingredients: list[Ingredient]) -> Any:
+    def _argument(self, argument: Any, most: int, ingredients: list[Ingredient], out: Tensor) -> Any:
         """What stands for an argument; a tensor of up to ``most`` bytes is held until the result is gone.
+
+        What the op has written over is not what it was, but how that was made is known, or what was kept of it.
 
         Raises:
             _NoIngredient: if it can't be restored.
         """
         if not isinstance(argument, Tensor):
             if isinstance(argument, tuple):
-                return tuple([self._argument(item, most, ingredients) for item in argument])
+                return tuple([self._argument(item, most, ingredients, out) for item in argument])
             return argument
         dtype = argument.dtype
         if not is_plain(argument) or dtype.is_complex:
             raise _NoIngredient
-        version = argument._version
+        version = argument._version - (argument is out)
         value = self._values.of(argument)
         floating = dtype.is_floating_point
         recipe = value.recipe

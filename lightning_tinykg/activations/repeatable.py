@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -34,6 +34,7 @@ class Carries(Enum):
 SAME, LINEAR, BOUNDED, SATURATES, QUOTIENT, PRODUCT, ROWS, EXACT = Carries
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
+_Describe = Callable[[tuple[Any, ...], dict[str, Any]], _Call | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Repeatable:
     name: str
     carries: Carries
     passes: float
-    describe: Callable[[tuple[Any, ...], dict[str, Any]], _Call | None]
+    describe: _Describe
     reads: float = 0
     table: int | None = None
     product: bool = False
@@ -88,7 +89,26 @@ def _as_called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     return None if any(isinstance(value, Tensor) for value in kwargs.values()) else (args, kwargs)
 
 
-def _by_name(*names: str) -> Callable[[tuple[Any, ...], dict[str, Any]], _Call | None]:
+def _anew(place: int) -> _Describe:
+    """Of an activation that may write over its argument, as ``inplace`` at this place says: without that."""
+
+    def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+        return _as_called(args[:place], {name: value for name, value in kwargs.items() if name != "inplace"})
+
+    return describe
+
+
+def _in_place(describe: _Describe) -> _Describe:
+    """Of an op that writes over its first argument: as its like that does not, if that casts nothing."""
+
+    def described(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        return describe(args, kwargs) if len({tensor.dtype for tensor in tensors}) == 1 else None
+
+    return described
+
+
+def _by_name(*names: str) -> _Describe:
     """Positional arguments throughout, missing ones at the end left out, those between None."""
 
     def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
@@ -216,6 +236,14 @@ def _quotient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     return None if kwargs.get("rounding_mode") is not None else _as_called(args, kwargs)
 
 
+_WRITING = {
+    "add": "add_ __iadd__", "sub": "sub_ __isub__", "mul": "mul_ __imul__", "div": "div_ __itruediv__", "neg": "neg_",
+    "relu": "relu_", "leaky_relu": "leaky_relu_", "elu": "elu_", "celu": "celu_", "tanh": "tanh_", "exp": "exp_",
+    "sigmoid": "sigmoid_", "abs": "abs_", "clamp": "clamp_", "square": "square_", "sqrt": "sqrt_",
+}  # fmt: skip
+"""By op: those that do it and write over their first argument."""
+
+
 def _table() -> dict[Any, Repeatable]:
     found: dict[Any, Repeatable] = {}
 
@@ -227,7 +255,9 @@ def _table() -> dict[Any, Repeatable]:
 
     add("add __add__ __radd__", LINEAR, 1)
     # the steepest, gelu's, by 1.13
-    add("relu leaky_relu elu celu abs gelu silu mish clamp clamp_min clamp_max clip", BOUNDED, 1.5)
+    add("abs gelu clamp clamp_min clamp_max clip", BOUNDED, 1.5)
+    add("relu silu mish", BOUNDED, 1.5, _anew(1))
+    add("leaky_relu elu celu", BOUNDED, 1.5, _anew(2))
     add("tanh sigmoid softplus logsigmoid", SATURATES, 1.5)
     # a difference may be far smaller than what it is of, and then is all error; and so may be a sum with a negative
     add("neg __neg__ sub __sub__ rsub __rsub__", EXACT, 1)
@@ -267,6 +297,12 @@ def _table() -> dict[Any, Repeatable]:
         for adds in (getattr(torch, name), getattr(Tensor, name), getattr(Tensor, f"{name}_")):
             found[adds] = repeatable
     found[functional.batch_norm] = Repeatable(functional.batch_norm, "batch_norm", EXACT, 4, _batch_norm)
+    for name, writes in _WRITING.items():
+        like = found[getattr(torch, name, None) or getattr(functional, name)]
+        for over in writes.split():
+            for owner in (torch, Tensor, functional):
+                if (function := getattr(owner, over, None)) is not None:
+                    found[function] = replace(like, describe=_in_place(like.describe))
     found[functional.embedding] = Repeatable(functional.embedding, "embedding", SAME, 1, _embedding, table=1)
     return found
 

@@ -6,6 +6,7 @@ nothing to refer to. What an op made while compression was on belongs to the gra
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -40,9 +41,10 @@ class Value:
         payer: the ledger's entry that is charged for its raw bytes.
         references: the entries that refer to it; the first is charged for it.
         wanted: bytes of the tensors that could have been made of it again, had it not been for its own.
+        raw: a tensor in it, while it is held for a finer code.
     """
 
-    __slots__ = ("_records", "payer", "recipe", "references", "storage", "users", "wanted")
+    __slots__ = ("_records", "payer", "raw", "recipe", "references", "storage", "users", "wanted")
 
     def __init__(self, storage: StorageWeakRef) -> None:
         self.storage = storage
@@ -51,6 +53,7 @@ class Value:
         self.payer: Entry | None = None
         self.references: list[Entry] = []
         self.wanted = 0
+        self.raw: Tensor | None = None
         # weak: what no save holds any more, after a backward within the context, nobody asks for
         self._records: dict[tuple[Any, ...], ref[Record]] = {}
 
@@ -86,14 +89,41 @@ class Values:
 
     def __init__(self) -> None:
         self._by_storage: dict[int, Value] = {}
+        self._lingering: deque[tuple[Value, int]] = deque()
+        self._lingering_bytes = 0
 
     def __iter__(self) -> Iterator[Value]:
         return iter(self._by_storage.values())
 
     def forget_recipes(self) -> None:
         """Let go of how they were made, and of what that is held for."""
+        self._release(0)
         for value in self:
             value.recipe = None
+
+    def linger(self, tensor: Tensor, most: int) -> None:
+        """Hold on to a tensor of which a coarse code is kept: what is made of it next may ask for a finer one.
+
+        A layer's input is kept in 2 bits; the norm of its output asks for 8, and they may as well be the input's, if
+        that is still there. Those before it are let go of, until there are no more than ``most`` bytes.
+
+        Args:
+            tensor: the tensor.
+            most: bytes to hold: those of the largest tensor, as there may be of what is made again in the backward.
+        """
+        value = self.of(tensor)
+        if value.raw is None:
+            nbytes = tensor.untyped_storage().nbytes()
+            self._lingering.append((value, nbytes))
+            self._lingering_bytes += nbytes
+        value.raw = tensor.detach()
+        self._release(most)
+
+    def _release(self, most: int) -> None:
+        while self._lingering and self._lingering_bytes > most:
+            value, nbytes = self._lingering.popleft()
+            self._lingering_bytes -= nbytes
+            value.raw = None
 
     def clear(self) -> None:
         """Let go of everything."""

@@ -19,6 +19,7 @@ from torch_geometric.utils import scatter
 from lightning_tinykg import BitPlan, Ledger, compress_activations
 from lightning_tinykg.activations import remaking
 from lightning_tinykg.activations.repeatable import Repeatable
+from lightning_tinykg.activations.values import Values
 from lightning_tinykg.bits import PlanEntry
 
 NODES, EDGES, WIDTH = 200, 3000, 32
@@ -717,19 +718,43 @@ def test_a_batch_norm_that_is_run_again_leaves_its_statistics_alone() -> None:
         assert torch.equal(norm.state_dict()[name], value)
 
 
-def test_a_product_is_made_of_one_rounded_factor_at_the_most() -> None:
-    """Of two, the error of a small product of large factors would be as large as these."""
+def test_a_product_is_made_of_one_rounded_factor_or_of_two_in_12_bits() -> None:
+    """Of two in 8, the error of a small product of large factors would be as large as these."""
     a, b, scale = table(0), table(1), nn.Parameter(torch.rand(WIDTH))
 
-    def kept(other: Callable[[], Any]) -> set[str]:
+    def kept(other: Callable[[], Any], op: str = "Mm.self") -> set[str]:
         with compress_activations(8) as ledger:
             x = made(a)
             x.square().sum() + (x * other() @ WEIGHT).sum()
-        return codecs(ledger, "Mm.self")
+        return codecs(ledger, op)
 
     assert kept(lambda: 0.5) == kept(lambda: scale) == {"recipe"}
     assert kept(lambda: made(b[:, :1])) == {"recipe"}
-    assert kept(lambda: made(b)) == {"int8"}
+    assert kept(lambda: made(b)) == {"recipe"}  # which is held for a finer code
+    assert kept(lambda: made(b), "Mm.self from") == {"int12"}
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_layers_input_gets_the_bits_of_the_norm_of_its_output(bits: int) -> None:
+    """It has gone when the norm asks for 8 bits, and would be kept beside a code of the layer's output."""
+    a = table()
+    off, ledger = error(lambda x: F.layer_norm(F.linear(made(x), WEIGHT), (WIDTH,)).relu(), a, bits)
+    assert off < 0.02
+    assert codecs(ledger, "NativeLayerNorm.input") == {"recipe"}
+    assert codecs(ledger, "Mm.self") | codecs(ledger, "Mm.self from") <= {"int8", f"int{bits}"}
+    assert ledger.stored_bytes < 1.7 * NODES * WIDTH
+
+
+def test_no_more_is_held_for_a_finer_code_than_the_largest_tensor() -> None:
+    values, tensors = Values(), [torch.randn(100) for _ in range(4)]
+    for tensor in tensors:
+        values.linger(tensor, 2 * tensor.nbytes)
+    assert [values.of(tensor).raw is not None for tensor in tensors] == [False, False, True, True]
+    values.linger(torch.randn(1000), 800)
+    assert all(values.of(tensor).raw is None for tensor in tensors)
+    values.linger(tensors[0], 800)
+    values.forget_recipes()
+    assert values.of(tensors[0]).raw is None
 
 
 def test_a_matrix_product_is_not_made_of_two_rounded_factors() -> None:

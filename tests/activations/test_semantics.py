@@ -574,6 +574,7 @@ def test_the_graph_is_freed_without_the_cycle_collector() -> None:
 
 
 def test_no_more_than_one_op_is_raw_at_a_time() -> None:
+    """And of what is kept coarsely as much as the largest, for a finer code."""
     x = leaf(4096, 64)
     size = 4096 * 64 * 4
 
@@ -586,7 +587,7 @@ def test_no_more_than_one_op_is_raw_at_a_time() -> None:
     with LiveBytes() as live, compress_activations(bits=2):
         loss = forward()
     loss.backward()
-    assert live.peak < 6 * size  # 20 saved tensors, plain
+    assert live.peak < 7 * size  # 20 saved tensors, plain
 
 
 # -- what functions get back -------------------------------------------------------------------------------------
@@ -690,7 +691,7 @@ def test_custom_function_is_the_last_op() -> None:
     y.sum().backward()
     assert x.grad is not None
     assert float((x.grad - 2 * x.detach()).abs().max()) < 0.05
-    assert len(ledger) == 3
+    assert [entry.op for entry in ledger].count("Square.tensors") == 3
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -1,5 +1,6 @@
 """What an op casts or copies for itself is made again of its argument, and is to the last bit what it was."""
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -33,6 +34,17 @@ def rows(a: Tensor) -> Tensor:
 
 def cube(a: Tensor) -> Tensor:
     return rows(a).view(30, 100, WIDTH)
+
+
+def before(h: Tensor, other: Tensor) -> Tensor:
+    copied = h * 2.0
+    h.add_(other)
+    return copied
+
+
+def before_elu(h: Tensor) -> Tensor:
+    copied = h * 2.0
+    return torch.cat([copied.exp(), F.elu(h, 1.0, True).exp()])  # whose backward is the first
 
 
 CAST: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -69,6 +81,9 @@ COPIED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "a vector from the left": (lambda a: BIAS[:30] @ cube(a).transpose(0, 1), ""),
     "a matrix for each": (lambda a: cube(a)[:, :, None, None] @ MATRICES, "Bmm.mat2"),
     "rows for each matrix": (lambda a: cube(a).transpose(0, 1)[:, None] @ MATRICES, "Bmm.self"),
+    "in place, in another dtype": (lambda a: rows(a).bfloat16().add_(a[TARGET], alpha=2).exp().float(), ""),
+    "in place on columns": (lambda a: (h := a[SOURCE], h[:, :5].mul_(a[TARGET][:, :5]))[0].exp(), ""),
+    "in place on all as a view": (lambda a: (h := a[SOURCE], h.view(-1).mul_(2.0))[0].exp(), ""),
     "features in another order": (
         lambda a: LINEAR(FEATURES.view(30, 100, WIDTH).transpose(0, 1)) * a[0], "Mm.self"
     ),
@@ -85,6 +100,15 @@ REPEATED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "to": (lambda a: rows(a).to(torch.float64).exp(), "Exp.result"),
     "to by name": (lambda a: rows(a).to(dtype=torch.float16).exp(), "Exp.result"),
     "type as": (lambda a: rows(a).type_as(torch.ones(1, dtype=torch.float64)).exp(), "Exp.result"),
+    "add in place": (lambda a: a[SOURCE].add_(a[TARGET], alpha=2).exp(), "Exp.result"),
+    "+=": (lambda a: operator.iadd(a[SOURCE], 2 * BIAS).exp(), "Exp.result"),
+    "*=": (lambda a: operator.imul(a[SOURCE], 0.3).exp(), "Exp.result"),
+    "twice in place": (lambda a: a[SOURCE].sub_(a[TARGET]).div_(3).neg_().exp(), "Exp.result"),
+    "relu in place": (lambda a: F.relu(F.linear(rows(a), SQUARE), True).exp(), "Exp.result"),
+    "a module in place": (lambda a: nn.LeakyReLU(0.3, inplace=True)(rows(a) @ SQUARE).exp(), "Exp.result"),
+    "elu in place": (lambda a: F.elu_(rows(a) @ SQUARE, 1.0).exp(), "Exp.result"),
+    "what was there before": (lambda a: before(a[SOURCE], a[TARGET]).exp(), "Exp.result"),
+    "elu in place and what was there before": (lambda a: before_elu(a[SOURCE] @ SQUARE), "Exp.result"),
     "a mask": (lambda a: (rows(a) > 0.1).to(torch.float32).mul(rows(a)).exp(), "Exp.result"),
 }
 
