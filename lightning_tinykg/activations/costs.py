@@ -129,6 +129,11 @@ class Costs:
         record = recipe.value.record(Layout.of(tensor), tensor.dtype, tensor._version)
         if record is not None and record.bits >= self._exact_enough(own_least):  # it is kept already
             return None
+        copied = recipe.repeatable is COPIED  # an argument's code may serve others too, so it is as good as its own
+        if copied and (argument := recipe.ingredients[0]).recipe is not None and not argument.free:
+            original = argument.tensor()
+            if original is not None:  # what that is made of is wanted as much as if it were saved itself
+                self.of_remaking(argument.recipe, original, rule, least, own_least)
         # What is computed again is mostly as exact as 8 bits would be, and so worth what these would take. By what
         # fewer take, each tensor of a chain is cheaper in a code of its own, and all of them are dearer than at 8 bits.
         coarser = record.value.nbytes if record is not None and record.value is not None else 0  # which it replaces
@@ -138,7 +143,6 @@ class Costs:
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
         for self._deeply in (True, False):
             self._paid_for.clear()
-            copied = recipe.repeatable is COPIED  # an argument's code may serve others too, so it is as good as its own
             cost = self.of_recipe(recipe, judged, worth + copied)
             if not recipe.computes_itself and cost.work == recipe.work:  # it is picked from what is kept
                 worth = own
