@@ -60,7 +60,7 @@ def _unreduced(node: Any, tensor: Tensor, result: Tensor) -> Tensor:
     return result.reshape([1 if dim in dims else size for dim, size in enumerate(tensor.shape)])
 
 
-def _picked(result: Tensor, dim: int, index: Tensor, like: Tensor) -> Tensor:
+def _differs(result: Tensor, dim: int, index: Tensor, like: Tensor) -> Tensor:
     """Whether elements differ from those of the result that an index names: a chunk at a time."""
     differs = torch.empty_like(like, dtype=torch.bool)
     rows = max(chunk_elements(like.device) * like.shape[0] // max(like.numel(), 1), 1)
@@ -94,7 +94,7 @@ def _extreme_of_rows(node: Any, attribute: str, tensor: Tensor, result: Tensor) 
     if any(here < there for n, (here, there) in enumerate(zip(result.shape, tensor.shape, strict=True)) if n != dim):
         return None
     within = tuple(slice(size) if n != dim else slice(None) for n, size in enumerate(tensor.shape))
-    return _picked(result[within], dim, index, tensor)
+    return _differs(result[within], dim, index, tensor)
 
 
 def _extreme_of_segments(node: Any, attribute: str, data: Tensor, result: Tensor) -> Tensor | None:
@@ -106,7 +106,7 @@ def _extreme_of_segments(node: Any, attribute: str, data: Tensor, result: Tensor
     # what is in no segment is not asked for
     segment = torch.searchsorted(ends, places, right=True).clamp_(max=result.shape[0] - 1)
     index = segment.view(-1, *[1] * (data.dim() - 1)).expand_as(data)
-    return _picked(result, 0, index, data).logical_and_(data.isnan().logical_not_())
+    return _differs(result, 0, index, data).logical_and_(data.isnan().logical_not_())
 
 
 def _order(node: Any, attribute: str, tensor: Tensor, other: Tensor) -> Tensor | None:

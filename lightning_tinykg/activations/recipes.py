@@ -194,6 +194,8 @@ class RecipeBook:
             return
         if exactly and repeatable.rounds:
             return
+        if repeatable.carries is SAME and args and args[0] is out:  # there was nothing to copy or to cast
+            return
         if repeatable.onto_zeros and not (args and self._is_zeros(args[0], out)):
             return
         described = repeatable.describe(args, kwargs)

@@ -100,6 +100,7 @@ REPEATED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "to": (lambda a: rows(a).to(torch.float64).exp(), "Exp.result"),
     "to by name": (lambda a: rows(a).to(dtype=torch.float16).exp(), "Exp.result"),
     "type as": (lambda a: rows(a).type_as(torch.ones(1, dtype=torch.float64)).exp(), "Exp.result"),
+    "nothing to copy": (lambda a: (a[SOURCE] @ SQUARE).contiguous().float().to(a).exp(), "Exp.result"),
     "add in place": (lambda a: a[SOURCE].add_(a[TARGET], alpha=2).exp(), "Exp.result"),
     "+=": (lambda a: operator.iadd(a[SOURCE], 2 * BIAS).exp(), "Exp.result"),
     "*=": (lambda a: operator.imul(a[SOURCE], 0.3).exp(), "Exp.result"),
