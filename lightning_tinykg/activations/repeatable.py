@@ -108,6 +108,17 @@ def _in_place(describe: _Describe) -> _Describe:
     return described
 
 
+def _folded(describe: _Describe) -> _Describe:
+    """Of a matrix product: a batch that does not lie in order is one product only where it needs a gradient."""
+
+    def described(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+        factors = [argument for argument in args[:2] if isinstance(argument, Tensor)]
+        otherwise = any(x.dim() > 2 and not x.is_contiguous() for x in factors) and min(x.dim() for x in factors) <= 2
+        return None if otherwise else describe(args, kwargs)
+
+    return described
+
+
 def _by_name(*names: str) -> _Describe:
     """Positional arguments throughout, missing ones at the end left out, those between None."""
 
@@ -286,8 +297,8 @@ def _table() -> dict[Any, Repeatable]:
     add("arange zeros ones full", SAME, 0.5)
     found[Tensor.new_zeros] = Repeatable(torch.zeros, "zeros", SAME, 0.5, _new_zeros)
     found[torch.zeros_like] = Repeatable(torch.zeros, "zeros", SAME, 0.5, _zeros_like)
-    add("linear", LINEAR, 1, _by_name("input", "weight", "bias"), product=True)
-    add("mm matmul __matmul__ bmm", PRODUCT, 1, product=True)
+    add("linear", LINEAR, 1, _folded(_by_name("input", "weight", "bias")), product=True)
+    add("mm matmul __matmul__ bmm", PRODUCT, 1, _folded(_as_called), product=True)
     add("gather take_along_dim", SAME, 1, table=0)
     for gathers in (torch.index_select, Tensor.index_select):
         found[gathers] = Repeatable(torch.index_select, "index_select", SAME, 1, _index_select, table=0)

@@ -36,6 +36,21 @@ def cube(a: Tensor) -> Tensor:
     return rows(a).view(30, 100, WIDTH)
 
 
+FOLDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "matmul": lambda a: cube(a).transpose(1, 2) @ BIAS.repeat(4)[:100, None],
+    "matmul from the left": lambda a: SQUARE[:5] @ rows(a).view(100, 30, WIDTH).transpose(1, 2),
+    "linear": lambda a: F.linear(cube(a).transpose(0, 1), SQUARE, BIAS),
+    "linear without bias": lambda a: F.linear(cube(a).transpose(0, 1), SQUARE),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_a_product_is_the_same_where_it_needs_no_gradient(name: str) -> None:
+    """Of a batch in another order PyTorch makes one product in the forward, and many where there is no gradient."""
+    a = table()
+    assert_exact(lambda: weighted(FOLDED[name](a).exp()), [a, SQUARE, BIAS], recompute="aggressive")
+
+
 def before(h: Tensor, other: Tensor) -> Tensor:
     copied = h * 2.0
     h.add_(other)
