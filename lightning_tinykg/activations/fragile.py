@@ -20,7 +20,7 @@ _NAMES = (
     "log", "log2", "log10", "log1p", "logit", "reciprocal", "sqrt", "rsqrt", "pow", "gather", "take_along_dim", "where",
     "getitem", "index_select", "masked_fill", "masked_select", "select", "threshold",
     "max", "min", "amax", "amin", "cat", "stack", "binary_cross_entropy",
-)  # fmt: skip
+)  # fmt: skip  # a table, read as one
 
 _AMPLIFYING = frozenset(
     {*_NAMES, *(f"{name}_" for name in _NAMES), *(f"__{r}{name}__" for name in _NAMES for r in ("", "r", "i"))}

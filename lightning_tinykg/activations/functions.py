@@ -19,7 +19,7 @@ _ASKS = frozenset(
         "is_floating_point", "is_complex", "is_signed", "get_device", "untyped_storage", "data_ptr", "__len__",
         "__hash__",
     }
-)  # fmt: skip
+)  # fmt: skip  # a table, read as one
 """Names of methods that tell something of a tensor, and touch none of its elements."""
 
 _ATTRIBUTES = frozenset(

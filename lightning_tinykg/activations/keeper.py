@@ -70,7 +70,7 @@ from lightning_tinykg.codecs.lossless import (
     encode_two_levels,
 )
 
-_PRODUCTS = frozenset({"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply", "multiply_"})
+_MULTIPLIES = frozenset({"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply", "multiply_"})
 """Ops that multiply by what they are given, and by no mask that they have made."""
 
 _THROUGH: dict[Rule, Callable[[Tensor], Tensor]] = {
@@ -227,7 +227,7 @@ class Keeper:
         if rule is MASK:
             rule, factor_of = LINEAR, node._sequence_nr()
             # what another op multiplies by may be anything: on a GPU, where nobody looks for a third level, not asked
-            drops = "dropout" in op or (tensor.is_cpu and op not in _PRODUCTS)
+            drops = "dropout" in op or (tensor.is_cpu and op not in _MULTIPLIES)
             if drops and tensor.is_floating_point() and not tensor.requires_grad:
                 layout = Layout.of(tensor)
                 mask = encode_two_levels(layout.run(tensor))

@@ -207,7 +207,7 @@ class Saved:
     __slots__ = (
         "__weakref__", "attempts", "call", "deferred", "exact", "function", "kept", "module", "tensor", "version",
         "workspace",
-    )  # fmt: skip
+    )  # fmt: skip  # a table, read as one
 
     def __init__(self, tensor: Tensor, module: str, exact: bool, workspace: Workspace) -> None:
         self.tensor: Tensor | None = tensor

@@ -251,7 +251,7 @@ _WRITING = {
     "add": "add_ __iadd__", "sub": "sub_ __isub__", "mul": "mul_ __imul__", "div": "div_ __itruediv__", "neg": "neg_",
     "relu": "relu_", "leaky_relu": "leaky_relu_", "elu": "elu_", "celu": "celu_", "tanh": "tanh_", "exp": "exp_",
     "sigmoid": "sigmoid_", "abs": "abs_", "clamp": "clamp_", "square": "square_", "sqrt": "sqrt_",
-}  # fmt: skip
+}  # fmt: skip  # a table, read as one
 """By op: those that do it and write over their first argument."""
 
 

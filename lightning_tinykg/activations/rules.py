@@ -272,7 +272,7 @@ RULES: dict[str, _Rules] = {
          "ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D"),
         _SHAPE_ONLY,
     ),
-}  # fmt: skip
+}  # fmt: skip  # a table, read as one
 """The table: node name (without ``Backward0``) -> saved attribute -> need, or a function of the node that gives it."""
 
 

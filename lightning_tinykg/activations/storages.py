@@ -20,7 +20,7 @@ _VIEWS_AND_CASTS = frozenset(
         "T", "ToCopy", "View", "ReshapeAlias", "Transpose", "Permute", "Expand", "Unsqueeze", "Squeeze", "Select",
         "Slice", "SplitWithSizes", "Split", "Alias", "UnsafeView", "Clone", "AsStrided", "Detach", "Unbind",
     }
-)  # fmt: skip
+)  # fmt: skip  # a table, read as one
 
 
 def node_name(node: Any) -> str:

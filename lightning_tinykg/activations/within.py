@@ -20,13 +20,17 @@ from lightning_tinykg.activations.storages import is_plain, node_name, tensors_i
 _IN_ORDER = frozenset({"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand"})
 _PERMUTED = frozenset({"T", "Transpose", "Permute"})
 _MADE = frozenset({"ToCopy", "Clone"})
+"""Nodes of views that keep the order of the elements, of views that do not, and of what makes a tensor anew."""
+
 _STEPS = 8
+"""Nodes between a save and an argument, at the most."""
 
 _INPUTS = {"self": 0, "input": 0, "mat2": 1, "other": 1, "vec": 1, "weight": 1, "target": 1}
 _INPUTS_BESIDE_A_SUM = {"mat1": 1, "mat2": 2, "batch1": 1, "batch2": 2, "mat": 1, "vec": 2}
 """By attribute: which input of its node a saved tensor is, also of a product that is added to something."""
 
 _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
+"""Ops that save their factors, as they are, cast or copied."""
 
 Made = tuple[Repeatable, tuple[Any, ...], dict[str, Any], Tensor]
 """How a tensor was made: the op, its arguments, and the tensor, of which what was saved may be a view."""

@@ -19,7 +19,7 @@ BITS = (1, 2, 4, 8)
 PLANES = {
     1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,),
     9: (8, 1), 10: (8, 2), 11: (8, 2, 1), 12: (8, 4), 16: (8, 8),
-}  # fmt: skip
+}  # fmt: skip  # a table, read as one
 """By width of a code: the widths that it is cut into, the upper bits first."""
 
 

@@ -103,11 +103,11 @@ class RankingModule(L.LightningModule):
 
     def build(self) -> None:
         """Create the parameters; the sizes (`self.num_users`, ...) are known by now."""
-        raise NotImplementedError
+        raise NotImplementedError  # a model says how
 
     def prepare(self, data: HeteroData) -> None:
         """Keep what `embed` needs of the graph, as buffers with `persistent=False`."""
-        raise NotImplementedError
+        raise NotImplementedError  # a model says how
 
     def embed(self) -> tuple[Tensor, Tensor]:
         """Embed the full graph.
@@ -115,11 +115,11 @@ class RankingModule(L.LightningModule):
         Returns:
             Users `[num_users, D]` and items `[num_items, D]` (or more rows, the items first).
         """
-        raise NotImplementedError
+        raise NotImplementedError  # a model says how
 
     def embed_sampled(self, batch: HeteroData) -> tuple[Tensor, Tensor]:
         """Embed the nodes of a sampled graph: users and entities, in the batch's local numbering."""
-        raise NotImplementedError
+        raise NotImplementedError  # a model says how
 
     def scorer(self) -> Callable[[Tensor], Tensor]:
         """What scores all items, `[U, num_items]`, for users int64 `[U]`: here the dot product, by one `embed`."""

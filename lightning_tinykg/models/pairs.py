@@ -87,11 +87,11 @@ class PairModule(RankingModule):
         Returns:
             Float `[B]`, and whatever `regularise` wants to know of how they were made.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # a model says how
 
     def score_items(self, user: Tensor) -> Tensor:
         """Logits of all items, float `[U, num_items]`, for users int64 `[U]`: what `score` gives, without gradient."""
-        raise NotImplementedError
+        raise NotImplementedError  # a model says how
 
     def scorer(self) -> Callable[[Tensor], Tensor]:
         """`score_items`."""
@@ -99,7 +99,7 @@ class PairModule(RankingModule):
 
     def penalty(self) -> Tensor:
         """What `l2` is the weight of, a scalar."""
-        raise NotImplementedError
+        raise NotImplementedError  # a model says how
 
     def regularise(self, user: Tensor, item: Tensor, label: Tensor, made: Any) -> dict[str, tuple[float, Tensor]]:
         """Further losses by name, each with its weight; here none.

@@ -306,4 +306,4 @@ def _refuse() -> NoReturn:
 
 
 # the operations register themselves with the class
-from lightning_tinykg.sgquant import packed_ops  # noqa: E402, F401
+from lightning_tinykg.sgquant import packed_ops  # noqa: E402, F401  # registers the operators

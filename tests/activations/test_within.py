@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch_geometric.nn import CGConv, EdgeConv, GATv2Conv, RGCNConv, TransformerConv
 
 from lightning_tinykg.activations.repeatable import COPIED as COPIED_OP
+from lightning_tinykg.activations.repeatable import REPEATABLE
 
 NODES, EDGES, WIDTH = 200, 3000, 32
 
@@ -191,6 +192,23 @@ def test_a_copy_is_in_order_where_there_is_nothing_to_cast() -> None:
     copied = COPIED_OP.op(x, x.dtype, tuple(x.shape), tuple(x.shape))
     assert copied.is_contiguous()
     assert torch.equal(copied, x)
+
+
+@pytest.mark.parametrize("given", [(F.relu, ()), (F.silu, ()), (F.mish, ()), (F.elu, (1.0,)), (F.celu, (1.0,)),
+                                   (F.leaky_relu, (0.3,))])  # fmt: skip
+def test_an_activation_is_made_again_beside_its_argument(
+    given: tuple[Callable[..., Tensor], tuple[float, ...]],
+) -> None:
+    """Which others may be made of, though the forward wrote over it."""
+    function, more = given
+    for args, kwargs in (((*more, True), {}), (more, {"inplace": True})):
+        x = torch.randn(100) - 1
+        before, repeatable = x.clone(), REPEATABLE[function]
+        described = repeatable.describe((x, *args), kwargs)
+        assert described is not None
+        made_again = repeatable.op(*described[0], **described[1])
+        assert torch.equal(x, before)
+        assert torch.equal(made_again, function(x, *more))
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {

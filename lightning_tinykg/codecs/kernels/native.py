@@ -38,7 +38,7 @@ _SIGNATURES = {
     ),
     "tinykg_pack_two_levels": (_PLACE, _NUMBER, _NUMBER, _INT, _PLACE, _PLACE, _INT),
     "tinykg_unpack_levels": (_PLACE, _NUMBER, _NUMBER, _INT, _PLACE, _INT, _PLACE, _NUMBER, _INT),
-}  # fmt: skip
+}  # fmt: skip  # as the C function has them
 
 _ANSWERING = ("tinykg_quantize", "tinykg_dequantize", "tinykg_pack_two_levels")
 """Those that return a number; the others return nothing."""
@@ -71,7 +71,7 @@ class Native(Reference):
         exact: int = self._library.tinykg_quantize(
             x.data_ptr(), *x.shape, bits, key, start, zero.dtype == torch.float32,
             codes.data_ptr(), zero.data_ptr(), scale.data_ptr(), _threads(x),
-        )  # fmt: skip
+        )  # fmt: skip  # as the C function has them
         if exact < 0:
             raise MemoryError("quantize: no memory for one group's codes")
         return exact
@@ -81,7 +81,7 @@ class Native(Reference):
         failed = self._library.tinykg_dequantize(
             codes.data_ptr(), zero.data_ptr(), scale.data_ptr(), *out.shape, bits, zero.dtype == torch.float32,
             out.data_ptr(), _threads(out),
-        )  # fmt: skip
+        )  # fmt: skip  # as the C function has them
         if failed < 0:
             raise MemoryError("dequantize: no memory for one group's codes")
 
@@ -95,7 +95,7 @@ class Native(Reference):
         self._library.tinykg_pack_classes(
             x.data_ptr(), *x.shape, number_of(x.dtype), low, high, cut.open, cut.packed_codes, cut.bits,
             out.data_ptr(), _threads(x),
-        )  # fmt: skip
+        )  # fmt: skip  # as the C function has them
 
     def pack_two_levels(self, x: Tensor, value: Tensor, out: Tensor) -> bool:
         """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
@@ -109,7 +109,7 @@ class Native(Reference):
         self._library.tinykg_unpack_levels(
             codes.data_ptr(), *codes.shape, bits, levels.data_ptr(), levels.itemsize, out.data_ptr(), out.shape[1],
             _threads(out),
-        )  # fmt: skip
+        )  # fmt: skip  # as the C function has them
 
 
 def _threads(x: Tensor) -> int:
