@@ -156,8 +156,8 @@ def quantize(
     """Quantize a tensor with stochastic rounding.
 
     It works in chunks: besides the code itself, it needs at most a quarter of the tensor's memory (or half a MiB
-    where that is more); at 3, 5, 6 and 7 bits as much again, since each code is a byte until it is cut into planes, and
-    at 9 to 12 bits twice that.
+    where that is more). Where the kernels don't pack codes of a width that does not divide a byte, each is a byte, or
+    two, until it is cut into planes: as much again at 3, 5, 6 and 7 bits, twice that at 9 to 12.
 
     Args:
         tensor: float32, float16, bfloat16 or float64, any shape and strides; read in logical (row-major) order.
@@ -199,7 +199,8 @@ def quantize(
     scale = torch.empty(groups, dtype=metadata, device=device)
     exact_index: list[Tensor] = []
     exact_value: list[Tensor] = []
-    kernels, whole_bytes = kernels_for(device), bits in BITS
+    kernels = kernels_for(device)
+    packs = kernels.planes or bits in BITS
 
     for start, chunk, rows in iterate_groups(tensor, group_size, kernels.dtypes, through):
         first, count = start // group_size, rows.shape[0]
@@ -207,9 +208,9 @@ def quantize(
             (codes, zero, scale) if count == groups else tuple(t[first : first + count] for t in (codes, zero, scale))
         )
         beyond = constants_beyond_float32(chunk, rows) if chunk.dtype == torch.float64 else None
-        place = parts[0] if whole_bytes else torch.empty(rows.shape, dtype=code_dtype(bits), device=device)
+        place = parts[0] if packs else torch.empty(rows.shape, dtype=code_dtype(bits), device=device)
         exact = kernels.quantize(rows, key, start, bits, place, *parts[1:])  # which may use the rows as scratch
-        if not whole_bytes:
+        if not packs:
             pack_planes(place, bits, parts[0])
         if beyond is not None:
             parts[0].masked_fill_(beyond[:, None], 0)
@@ -270,11 +271,12 @@ def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
             f"out must be contiguous, of shape [{code.numel}], {dtype} and on {device}, "
             f"got shape {list(out.shape)}, {out.dtype}, on {out.device}, strides {out.stride()}"
         )
-    kernels, divides = kernels_for(device), code.bits in BITS
+    kernels = kernels_for(device)
+    unpacks = kernels.planes or code.bits in BITS
     reads = dtype in kernels.dtypes or dtype == torch.float32
-    limit = code.numel if divides and dtype in kernels.dtypes else chunk_elements(device)
+    limit = code.numel if unpacks and dtype in kernels.dtypes else chunk_elements(device)
     whole = code.numel // group_size
-    if divides and dtype in kernels.dtypes and whole == code.codes.shape[0]:  # mostly
+    if unpacks and dtype in kernels.dtypes and whole == code.codes.shape[0]:  # mostly
         kernels.dequantize(code.codes, code.zero, code.scale, code.bits, out.view(-1, group_size))
         return _with_exact(out, code, kernels)
     ends = [*range(0, whole, max(1, limit // group_size)), whole, code.codes.shape[0]]  # the last may be a short group
@@ -285,8 +287,8 @@ def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
         numel = (last - first) * group_size
         direct = reads and place.numel() == numel
         x = place if direct else torch.empty(numel, dtype=dtype if reads else torch.float32, device=device)
-        codes = code.codes[part] if divides else unpack_planes(code.codes[part], code.bits, group_size)
-        bits = code.bits if divides else 8 * codes.itemsize
+        codes = code.codes[part] if unpacks else unpack_planes(code.codes[part], code.bits, group_size)
+        bits = code.bits if unpacks else 8 * codes.itemsize
         kernels.dequantize(codes, code.zero[part], code.scale[part], bits, x.view(-1, group_size))
         if not direct:
             if dtype.itemsize == 2:  # rounded outward, the ends may lie beyond what a narrow dtype holds

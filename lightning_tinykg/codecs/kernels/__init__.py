@@ -36,6 +36,13 @@ class Kernels(Protocol):
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes that are read, and written, as they are. Of others they get a float32 copy, a chunk at a time."""
 
+    @property
+    def planes(self) -> bool:
+        """Whether codes of a width that does not divide a byte are packed, and read, in their planes.
+
+        If not, they are left in a byte each, or in two for more than 8 bits.
+        """
+
     def quantize(
         self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor
     ) -> int | None:
@@ -45,9 +52,9 @@ class Kernels(Protocol):
             x: contiguous, shape ``[groups, group_size]``; one of ``dtypes``, or float32 scratch that may be changed.
             key: key of the noise.
             start: position in the tensor of the first element, where its noise begins.
-            bits: 1 to 12. Codes of a width that does not divide a byte are left in a byte each, or in two.
-            codes: where to put the codes: contiguous, uint8 of shape ``[groups, bytes of a group]``; for more than 8
-                bits int16 of shape ``[groups, group_size]``.
+            bits: 1 to 12.
+            codes: where to put the codes: contiguous, uint8 of shape ``[groups, bytes of a group]``; where they are
+                left in two bytes each, int16 of shape ``[groups, group_size]``.
             zero: where to put the zero points: bfloat16 or float32, contiguous, shape ``[groups]``. NaN is put for a
                 group that can't be quantized; the scale of such a group is 1, its codes are 0.
             scale: where to put the scales, likewise.
@@ -63,7 +70,7 @@ class Kernels(Protocol):
             codes: as :meth:`quantize` made them.
             zero: likewise.
             scale: likewise.
-            bits: 1, 2, 4 or 8; 16 for codes in two bytes each.
+            bits: their width; 8 and 16 where they were left in a byte each, or in two.
             out: where to put the elements: contiguous, shape ``[groups, group_size]``; one of ``dtypes``, or float32.
                 In a narrower dtype, what lies beyond its finite values becomes the nearest of these.
         """

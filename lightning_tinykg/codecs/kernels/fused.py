@@ -30,6 +30,7 @@ class Fused:
     name = "triton"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     """Read and written as they are; the arithmetic is float32's."""
+    planes = False
 
     def quantize(
         self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor

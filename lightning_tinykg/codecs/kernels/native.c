@@ -101,6 +101,54 @@ INLINE void unpack(const uint8_t *restrict bytes, uint8_t *restrict code, int64_
     UNPACK(uint8_t)
 }
 
+/* packing.py: by width of a code, the widths that it is cut into, the upper bits first. */
+static const uint8_t PLANES[13][3] = {
+    {0}, {1}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}, {8, 1}, {8, 2}, {8, 2, 1}, {8, 4},
+};
+
+#define IS_WHOLE(bits) (!PLANES[bits][1])
+#define EACH_PLANE(step) step(0) step(1) step(2) /* a loop, unrolled: each width is known when it is compiled */
+
+INLINE int64_t packed_size(int64_t size, int bits) {
+    int64_t m = 0;
+#define SIZE_OF(k) m += (size * PLANES[bits][k] + 7) / 8;
+    EACH_PLANE(SIZE_OF)
+    return m;
+}
+
+/* Codes in two bytes each to the bytes of one plane after the other; `part` is scratch. */
+INLINE void pack_planes(const uint16_t *restrict code, uint8_t *restrict part, uint8_t *restrict bytes, int64_t size,
+                        int bits) {
+    int shift = bits;
+#define PACK_PLANE(k)                                                                                                 \
+    if (PLANES[bits][k]) {                                                                                            \
+        const int width = PLANES[bits][k];                                                                            \
+        const int64_t m = (size * width + 7) / 8;                                                                     \
+        shift -= width;                                                                                               \
+        for (int64_t i = 0; i < size; i++) part[i] = (uint8_t)((code[i] >> shift) & ((1 << width) - 1));              \
+        for (int64_t i = size; i < m * (8 / width); i++) part[i] = 0;                                                 \
+        pack(part, bytes, m, width);                                                                                  \
+        bytes += m;                                                                                                   \
+    }
+    EACH_PLANE(PACK_PLANE)
+}
+
+/* The way back. */
+INLINE void unpack_planes(const uint8_t *restrict bytes, uint8_t *restrict part, uint16_t *restrict code, int64_t size,
+                          int bits) {
+    int shift = bits;
+#define UNPACK_PLANE(k)                                                                                               \
+    if (PLANES[bits][k]) {                                                                                            \
+        const int width = PLANES[bits][k];                                                                            \
+        const int64_t m = (size * width + 7) / 8;                                                                     \
+        shift -= width;                                                                                               \
+        unpack(bytes, part, m, width);                                                                                \
+        for (int64_t i = 0; i < size; i++) code[i] = (uint16_t)((k ? code[i] : 0) | part[i] << shift);                \
+        bytes += m;                                                                                                   \
+    }
+    EACH_PLANE(UNPACK_PLANE)
+}
+
 /* Stochastic rounding of elements whose noise starts at a position, to codes in a byte each, or in two. */
 #define ROUND(name, type)                                                                                       \
     INLINE void name(const float *restrict x, int64_t size, int32_t top, float zero, float scale, Key key,      \
@@ -116,17 +164,37 @@ ROUND(round_to_bytes, uint8_t)
 ROUND(round_to_pairs, uint16_t)
 
 INLINE void round_some(const float *x, int64_t size, int32_t top, float zero, float scale, Key key, uint32_t position,
-                       int bits, uint8_t *code) {
-    if (bits == 16)
-        round_to_pairs(x, size, top, zero, scale, key, position, (uint16_t *)code);
+                       int bits, uint16_t *code, int64_t first) {
+    if (IS_WHOLE(bits))
+        round_to_bytes(x + first, size, top, zero, scale, key, position, (uint8_t *)code + first);
     else
-        round_to_bytes(x, size, top, zero, scale, key, position, code);
+        round_to_pairs(x + first, size, top, zero, scale, key, position, code + first);
 }
 
+/* A group's codes: its noise may begin under one key, and end under the next. */
+INLINE void round_group(const float *restrict x, int64_t size, int bits, float zero, float scale, uint64_t key,
+                        Key block_key, uint64_t start, uint16_t *code) {
+    const int32_t top = (1 << bits) - 1;
+    if ((int64_t)(BLOCK - (start & (BLOCK - 1))) >= size) {
+        round_some(x, size, top, zero, scale, block_key, (uint32_t)(start & (BLOCK - 1)), bits, code, 0);
+        return;
+    }
+    for (int64_t i = 0; i < size; i++) {
+        const uint64_t place = start + (uint64_t)i;
+        round_some(x, 1, top, zero, scale, key_of(key, place / BLOCK), (uint32_t)(place & (BLOCK - 1)), bits, code, i);
+    }
+}
+
+/* One group's codes: in two bytes each, or in one; and the bits of a plane in a byte each. */
+typedef struct {
+    uint16_t *code;
+    uint8_t *part;
+} Scratch;
+
 /* Returns whether the group can't be quantized. */
-INLINE int quantize_group(const float *restrict x, int64_t size, int bits, int32_t most_code, int64_t m, uint64_t key,
-                          Key block_key, uint64_t start, int wide, uint8_t *restrict code, uint8_t *restrict bytes,
-                          void *zeros, void *scales, int64_t group) {
+INLINE int quantize_group(const float *restrict x, int64_t size, int bits, int64_t m, uint64_t key, Key block_key,
+                          uint64_t start, int wide, Scratch scratch, uint8_t *restrict bytes, void *zeros,
+                          void *scales, int64_t group) {
     int32_t least = INT32_MAX, most = INT32_MIN;
     for (int64_t i = 0; i < size; i++) {
         int32_t place = ordered(word_of(x[i]));
@@ -134,7 +202,7 @@ INLINE int quantize_group(const float *restrict x, int64_t size, int bits, int32
         most = place > most ? place : most;
     }
     const float low = float_of(ordered(least)) + 0.0f, high = float_of(ordered(most)); /* of two zeros, the positive */
-    const float top = (float)most_code;
+    const float top = (float)((1 << bits) - 1);
     float zero = low, scale;
     if (wide) {
         scale = (high - low) / top;
@@ -154,49 +222,48 @@ INLINE int quantize_group(const float *restrict x, int64_t size, int bits, int32
     }
     if (low == high && !wide) { /* the 32 bits of a constant, spread over zero point, scale and codes */
         uint32_t word = (uint32_t)word_of(x[0]);
-        memset(bytes, word & 1 ? (bits == 1 ? 0xff : bits == 2 ? 0x55 : bits == 4 ? 0x11 : 1) : 0, m);
-        if (bits == 16)
-            for (int64_t i = 0; i < size; i++) ((uint16_t *)bytes)[i] = word & 1;
         ((uint16_t *)zeros)[group] = (uint16_t)(word >> 16);
         ((uint16_t *)scales)[group] = (uint16_t)(0x8000u | ((word & 0xffffu) >> 1));
-        return 0;
-    }
-    put_metadata(zeros, group, zero, wide);
-    put_metadata(scales, group, scale, wide);
-    const int64_t within = (int64_t)(BLOCK - (start & (BLOCK - 1)));
-    if (bits == 16) code = bytes; /* they stay in two bytes each */
-    if (within >= size) {
-        round_some(x, size, most_code, zero, scale, block_key, (uint32_t)(start & (BLOCK - 1)), bits, code);
-    } else
-        for (int64_t i = 0; i < size; i++) {
-            const uint64_t place = start + (uint64_t)i;
-            round_some(x + i, 1, most_code, zero, scale, key_of(key, place / BLOCK), (uint32_t)(place & (BLOCK - 1)),
-                       bits, code + (bits == 16 ? 2 * i : i));
+        if (IS_WHOLE(bits)) {
+            memset(bytes, word & 1 ? (bits == 1 ? 0xff : bits == 2 ? 0x55 : bits == 4 ? 0x11 : 1) : 0, m);
+            return 0;
         }
-    if (bits == 16) return 0;
-    for (int64_t i = size; i < m * (8 / bits); i++) code[i] = 0;
-    pack(code, bytes, m, bits);
+        for (int64_t i = 0; i < size; i++) scratch.code[i] = word & 1;
+    } else {
+        put_metadata(zeros, group, zero, wide);
+        put_metadata(scales, group, scale, wide);
+        round_group(x, size, bits, zero, scale, key, block_key, start, scratch.code);
+    }
+    if (IS_WHOLE(bits)) {
+        uint8_t *restrict code = (uint8_t *)scratch.code;
+        for (int64_t i = size; i < m * (8 / bits); i++) code[i] = 0;
+        pack(code, bytes, m, bits);
+    } else
+        pack_planes(scratch.code, scratch.part, bytes, size, bits);
     return 0;
 }
 
 INLINE void dequantize_group(const uint8_t *restrict bytes, int64_t size, int bits, int64_t m, float zero, float scale,
-                             int wide, uint8_t *restrict code, float *restrict x) {
-    if (!wide && word_of(scale) < 0) { /* a constant */
-        const uint32_t marked = (uint32_t)word_of(scale) >> 16;
-        const float constant = float_of((int32_t)((uint32_t)word_of(zero) | (marked & 0x7fffu) << 1 | (bytes[0] & 1)));
+                             int wide, Scratch scratch, float *restrict x) {
+    if (!wide && word_of(scale) < 0) { /* a constant: the last bit of its first code, and so of the last plane's */
+        const int last = PLANES[bits][2] ? PLANES[bits][2] : PLANES[bits][1] ? PLANES[bits][1] : bits;
+        const uint32_t bit = bytes[m - (size * last + 7) / 8] & 1, marked = (uint32_t)word_of(scale) >> 16;
+        const float constant = float_of((int32_t)((uint32_t)word_of(zero) | (marked & 0x7fffu) << 1 | bit));
         for (int64_t i = 0; i < size; i++) x[i] = constant;
         return;
     }
-    if (bits == 16) {
-        const uint16_t *restrict pairs = (const uint16_t *)bytes;
-        for (int64_t i = 0; i < size; i++) x[i] = (float)pairs[i] * scale + zero;
-        return;
+    if (IS_WHOLE(bits)) {
+        uint8_t *restrict code = (uint8_t *)scratch.code;
+        unpack(bytes, code, m, bits);
+        for (int64_t i = 0; i < size; i++) x[i] = (float)code[i] * scale + zero;
+    } else {
+        const uint16_t *restrict code = scratch.code;
+        unpack_planes(bytes, scratch.part, scratch.code, size, bits);
+        for (int64_t i = 0; i < size; i++) x[i] = (float)code[i] * scale + zero;
     }
-    unpack(bytes, code, m, bits);
-    for (int64_t i = 0; i < size; i++) x[i] = (float)code[i] * scale + zero;
 }
 
-/* What is the same for all groups of a call; `code` is scratch for one group's codes. */
+/* What is the same for all groups of a call. */
 typedef struct {
     int64_t size;
     int bits, wide;
@@ -206,62 +273,67 @@ typedef struct {
     void *zeros, *scales;
 } Groups;
 
-INLINE int64_t quantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, uint8_t *code) {
-    const int64_t m = (size * bits + 7) / 8;
-    const int32_t most_code = bits >= 8 ? (1 << g->bits) - 1 : (1 << bits) - 1; /* bytes may hold narrower codes */
+INLINE int64_t quantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, Scratch scratch) {
+    const int64_t m = packed_size(size, bits);
     uint64_t block = (g->start + (uint64_t)(first * size)) / BLOCK;
     Key block_key = key_of(g->key, block);
     int64_t exact = 0;
     for (int64_t group = first; group < last; group++) {
         const uint64_t start = g->start + (uint64_t)(group * size);
         if (start / BLOCK != block) block_key = key_of(g->key, block = start / BLOCK);
-        exact += quantize_group(g->x + group * size, size, bits, most_code, m, g->key, block_key, start, g->wide, code,
+        exact += quantize_group(g->x + group * size, size, bits, m, g->key, block_key, start, g->wide, scratch,
                                 g->codes + group * m, g->zeros, g->scales, group);
     }
     return exact;
 }
 
-INLINE int64_t dequantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, uint8_t *code) {
-    const int64_t m = (size * bits + 7) / 8;
+INLINE int64_t dequantize_range(const Groups *g, int64_t first, int64_t last, int64_t size, int bits, Scratch scratch) {
+    const int64_t m = packed_size(size, bits);
     for (int64_t group = first; group < last; group++)
         dequantize_group(g->codes + group * m, size, bits, m, get_metadata(g->zeros, group, g->wide),
-                         get_metadata(g->scales, group, g->wide), g->wide, code, g->x + group * size);
+                         get_metadata(g->scales, group, g->wide), g->wide, scratch, g->x + group * size);
     return 0;
 }
 
-/* One copy of the code for each width, and for the sizes that groups mostly have: with both known, it is vectorized.
- * Codes of 3, 5, 6 and 7 bits are left in bytes, those of more than 8 in two bytes each. */
-#define BY_SIZE(range, bits)                                     \
-    switch (g->size) {                                           \
-    case 16: return range(g, first, last, 16, bits, code);       \
-    case 32: return range(g, first, last, 32, bits, code);       \
-    case 64: return range(g, first, last, 64, bits, code);       \
-    default: return range(g, first, last, g->size, bits, code);  \
+/* One copy of the code for each width that is common, and for the sizes that groups mostly have: with both known, it is
+ * vectorized best. All others have one copy, or it would take long to compile. */
+#define BY_SIZE(range, bits)                                        \
+    switch (g->size) {                                              \
+    case 16: return range(g, first, last, 16, bits, scratch);       \
+    case 32: return range(g, first, last, 32, bits, scratch);       \
+    case 64: return range(g, first, last, 64, bits, scratch);       \
+    default: return range(g, first, last, g->size, bits, scratch);  \
     }
-#define BY_BITS(range)                                           \
-    switch (g->bits) {                                           \
-    case 1: BY_SIZE(range, 1)                                    \
-    case 2: BY_SIZE(range, 2)                                    \
-    case 4: BY_SIZE(range, 4)                                    \
-    case 3: case 5: case 6: case 7: case 8: BY_SIZE(range, 8)    \
-    default: BY_SIZE(range, 16)                                  \
+#define BY_BITS(range)                                              \
+    switch (g->bits) {                                              \
+    case 1: BY_SIZE(range, 1)                                       \
+    case 2: BY_SIZE(range, 2)                                       \
+    case 4: BY_SIZE(range, 4)                                       \
+    case 8: BY_SIZE(range, 8)                                       \
+    case 12: BY_SIZE(range, 12)                                     \
+    default: return range(g, first, last, g->size, g->bits, scratch); \
     }
 
-static int64_t quantize_some(const Groups *g, int64_t first, int64_t last, uint8_t *code) { BY_BITS(quantize_range) }
+static int64_t quantize_some(const Groups *g, int64_t first, int64_t last, Scratch scratch) { BY_BITS(quantize_range) }
 
-static int64_t dequantize_some(const Groups *g, int64_t first, int64_t last, uint8_t *code) { BY_BITS(dequantize_range) }
+static int64_t dequantize_some(const Groups *g, int64_t first, int64_t last, Scratch scratch) {
+    BY_BITS(dequantize_range)
+}
 
 /* Cut the groups among the threads. Returns how many can't be quantized, or -1 if there is no memory. */
-INLINE int64_t on_threads(int64_t (*some)(const Groups *, int64_t, int64_t, uint8_t *), const Groups *g, int64_t groups,
+INLINE int64_t on_threads(int64_t (*some)(const Groups *, int64_t, int64_t, Scratch), const Groups *g, int64_t groups,
                           int threads) {
-    const int64_t scratch = (g->size + 63) / 64 * 64 + 64;
-    uint8_t *codes = malloc(scratch * threads);
-    if (!codes) return -1;
+    const int64_t room = (g->size + 63) / 64 * 64 + 64;
+    uint8_t *scratch = malloc(3 * room * threads);
+    if (!scratch) return -1;
     int64_t exact = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : exact) if (threads > 1)
-    for (int thread = 0; thread < threads; thread++)
-        exact += some(g, groups * thread / threads, groups * (thread + 1) / threads, codes + thread * scratch);
-    free(codes);
+    for (int thread = 0; thread < threads; thread++) {
+        uint8_t *own = scratch + 3 * room * thread;
+        exact += some(g, groups * thread / threads, groups * (thread + 1) / threads,
+                      (Scratch){(uint16_t *)own, own + 2 * room});
+    }
+    free(scratch);
     return exact;
 }
 

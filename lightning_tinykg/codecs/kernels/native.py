@@ -56,6 +56,7 @@ class Native(Reference):
 
     name = "native"
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    planes = True
 
     def __init__(self) -> None:
         library = ctypes.CDLL(str(build(_SOURCE)))

@@ -27,6 +27,7 @@ class Reference:
     name = "reference"
     dtypes: tuple[torch.dtype, ...] = ()
     """It works on float32 scratch."""
+    planes = False
 
     def quantize(
         self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor
