@@ -103,6 +103,28 @@ def test_an_interrupted_run_goes_on(
     assert cut == whole
 
 
+def test_a_config_may_validate_rarely(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    case = modules["tinykg_runs"].Case
+    assert case("kgcn", "music").read()["validates_every"] == 3
+    read = case.read
+    monkeypatch.setattr(case, "read", lambda self: read(self) | {"validates_every": 2})
+    call(
+        modules["tinykg"],
+        monkeypatch,
+        tmp_path,
+        "--models",
+        "kgcn-ctr",
+        "--ways",
+        "none",
+        "--seeds",
+        "0",
+        "--epochs",
+        "4",
+    )
+    found = kept(tmp_path, "kgcn-ctr")["none", 0]
+    assert (found["epochs"], len(found["curve"])) == (4, 2)
+
+
 def test_popularity_has_one_row(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     call(modules["tinykg"], monkeypatch, tmp_path, "--models", "popularity")
     ((key, row),) = kept(tmp_path, "popularity").items()

@@ -57,7 +57,9 @@ def _convergence(axes: Axes, rows: dict[str, list[dict[str, Any]]]) -> None:
         if way in rows:
             curves = zip(*(row["curve"] for row in rows[way]), strict=False)  # as long as all seeds train
             heights = [mean(values) for values in curves]
-            axes.plot(range(1, len(heights) + 1), heights, color=color, label=label(way))
+            every = rows[way][0].get("settings", {}).get("validates_every", 1)
+            epochs = [every * (i + 1) for i in range(len(heights))]
+            axes.plot(epochs, heights, color=color, label=label(way))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.legend(fontsize=7, frameon=False)

@@ -55,7 +55,8 @@ class Case:
             return {}
         config = yaml.safe_load(self.config.read_text())
         given = {c["class_path"].rpartition(".")[2]: c["init_args"] for c in config["trainer"]["callbacks"]}
-        return {
+        every = config["trainer"].get("check_val_every_n_epoch", 1)
+        return ({"validates_every": every} if every > 1 else {}) | {
             "config": self.config.name,
             "model": [config["model"]["class_path"].rpartition(".")[2], config["model"]["init_args"]],
             "data": [
@@ -91,7 +92,7 @@ class Record(Callback):
         self.progress, self.name, self.monitor, self.tinykg = progress, name, monitor, tinykg
         self.task = progress.add_task(name, total=None)
         self.kept: dict[str, Any] = {
-            "curve": [], "seconds": [], "steps": 0, "raw": 0, "stored": 0, "sum_raw": 0, "sum_stored": 0,
+            "curve": [], "seconds": [], "epochs": 0, "steps": 0, "raw": 0, "stored": 0, "sum_raw": 0, "sum_stored": 0,
         }  # fmt: skip
         self.start = 0.0
 
@@ -115,7 +116,8 @@ class Record(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         curve = self.kept["curve"]
         curve.append(float(trainer.callback_metrics[self.monitor]))
-        text = f"{self.name}: epoch {len(curve)}, {self.monitor} {curve[-1]:.4f}, best {max(curve):.4f}"
+        self.kept["epochs"] = trainer.current_epoch + 1
+        text = f"{self.name}: epoch {self.kept['epochs']}, {self.monitor} {curve[-1]:.4f}, best {max(curve):.4f}"
         self.progress.update(self.task, description=text)
 
     def summary(self) -> dict[str, Any]:
@@ -123,7 +125,7 @@ class Record(Callback):
         kept = self.kept
         summary: dict[str, Any] = {
             "best": max(kept["curve"]),  # on the validation set
-            "epochs": len(kept["curve"]),
+            "epochs": kept["epochs"],
             "seconds_per_epoch": statistics.median(kept["seconds"]),
             "curve": [round(value, 5) for value in kept["curve"]],
         }
@@ -221,7 +223,9 @@ class Runner:
         raw = self.count(case, settings, "none")[0]
         stored = self.count(case, settings, way)[0] if way in PLAIN else None
         model, module = self.create(case, settings, seed)
-        trainer = self.trainer(way, callbacks, max_epochs=settings["epochs"], logger=logger)
+        every = settings.get("validates_every", 1)
+        often = {"max_epochs": settings["epochs"], "check_val_every_n_epoch": every}
+        trainer = self.trainer(way, callbacks, **often, logger=logger)
         last = unfinished / "last.ckpt"
         resumed = last.exists()
         trainer.fit(model, module, ckpt_path=str(last) if resumed else None)
