@@ -93,9 +93,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", type=way, default=list(WAYS), help="to keep activations")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=int, help="at most, instead of the config's")
-    parser.add_argument(
-        "--patience", type=int, help="validations without a better score, instead of the config's"
-    )
+    parser.add_argument("--patience", type=int, help="validations without a better score, instead of the config's")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are kept")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--wandb", nargs="?", const="lightning-tinykg", metavar="PROJECT", help="log each run there")

@@ -31,7 +31,7 @@ from torch import Tensor
 from lightning_tinykg.codecs.chunks import chunk_elements, iterate_groups
 from lightning_tinykg.codecs.exact_groups import constants_beyond_float32, keep_exact, restore_exact
 from lightning_tinykg.codecs.kernels import Kernels, kernels_for
-from lightning_tinykg.codecs.packing import BITS, code_dtype, packed_size
+from lightning_tinykg.codecs.packing import code_dtype, packed_size
 from lightning_tinykg.codecs.planes import pack_planes, unpack_planes
 
 CODE_BITS = range(1, 13)
@@ -200,7 +200,7 @@ def quantize(
     exact_index: list[Tensor] = []
     exact_value: list[Tensor] = []
     kernels = kernels_for(device)
-    packs = kernels.planes or bits in BITS
+    packs = kernels.packs(bits)
 
     for start, chunk, rows in iterate_groups(tensor, group_size, kernels.dtypes, through):
         first, count = start // group_size, rows.shape[0]
@@ -272,7 +272,7 @@ def dequantize(code: AffineCode, out: Tensor | None = None) -> Tensor:
             f"got shape {list(out.shape)}, {out.dtype}, on {out.device}, strides {out.stride()}"
         )
     kernels = kernels_for(device)
-    unpacks = kernels.planes or code.bits in BITS
+    unpacks = kernels.packs(code.bits)
     reads = dtype in kernels.dtypes or dtype == torch.float32
     limit = code.numel if unpacks and dtype in kernels.dtypes else chunk_elements(device)
     whole = code.numel // group_size

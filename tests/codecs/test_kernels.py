@@ -112,7 +112,7 @@ def test_same_noise_at_positions_beyond_two_to_the_31(bits: int, group_size: int
         zero, scale = torch.empty(60, dtype=torch.bfloat16), torch.empty(60, dtype=torch.bfloat16)
         with use(name):
             kernels = kernels_for(CPU)
-            apart = None if kernels.planes or bits in BITS else torch.empty(60, group_size, dtype=code_dtype(bits))
+            apart = None if kernels.packs(bits) else torch.empty(60, group_size, dtype=code_dtype(bits))
             kernels.quantize(x.clone(), make_key(3), start, bits, codes if apart is None else apart, zero, scale)
             if apart is not None:
                 pack_planes(apart, bits, codes)

@@ -24,7 +24,8 @@ from lightning_tinykg.codecs.exact_groups import places
 from lightning_tinykg.codecs.kernels.reference import Reference
 from lightning_tinykg.codecs.lossless import encode_bool, encode_signs, encode_two_levels
 from lightning_tinykg.codecs.noise import make_key, uniform
-from lightning_tinykg.codecs.packing import packed_size
+from lightning_tinykg.codecs.packing import code_dtype, packed_size
+from lightning_tinykg.codecs.planes import pack_planes
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -143,10 +144,12 @@ def odd_groups(count: int, group_size: int, dtype: torch.dtype) -> Tensor:
 def compare(x: Tensor, start: int, bits: int, metadata: torch.dtype, device: str) -> None:
     """What the kernels make of groups, as they are, is what the reference makes of their float32 copy on the CPU."""
     count, group_size = x.shape
-    packed = 16 if bits > 8 else bits if bits in BITS else 8
-    word, columns = (torch.int16, group_size) if bits > 8 else (torch.uint8, packed_size(group_size, packed))
     made = []
     for maker, rows in ((Reference(), x.to(torch.float32, copy=True)), (fused.Fused(), x.to(device))):
+        apart = not maker.packs(bits)
+        packed = (8 if bits < 8 else 16) if apart else bits
+        word = code_dtype(bits) if apart else torch.uint8
+        columns = group_size if apart else packed_size(group_size, bits)
         codes = torch.full((count, columns), 77, dtype=word, device=rows.device)
         zero, scale = (torch.full((count,), 7, dtype=metadata, device=rows.device) for _ in range(2))
         before = rows.clone()
@@ -156,6 +159,10 @@ def compare(x: Tensor, start: int, bits: int, metadata: torch.dtype, device: str
         maker.dequantize(codes, zero, scale, packed, out)
         if out.dtype != x.dtype:
             out = out.clamp(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max).to(x.dtype)
+        if apart:
+            whole = torch.empty(count, packed_size(group_size, bits), dtype=torch.uint8, device=rows.device)
+            pack_planes(codes, bits, whole)
+            codes = whole
         made.append((codes, zero, scale, torch.where(out.isnan(), 3.0, out)))
     for name, want, got in zip(("codes", "zero", "scale", "out"), *made, strict=True):
         wrong = (want != got.cpu()).nonzero()[:3].tolist()
@@ -177,8 +184,8 @@ def test_same_bits(dtype: torch.dtype, metadata: torch.dtype, device: str) -> No
 
 
 @on_device
-@pytest.mark.parametrize("bits", [3, 5, 6, 7, 9, 12])
-def test_codes_that_do_not_divide_a_byte_are_left_in_one_or_two(bits: int, device: str) -> None:
+@pytest.mark.parametrize("bits", [3, 5, 6, 7, 9, 10, 11, 12])
+def test_codes_that_do_not_divide_a_byte_are_left_in_one_or_two_or_have_an_upper_byte(bits: int, device: str) -> None:
     for group_size, dtype in ((64, torch.float32), (44, torch.bfloat16), (1, torch.float32), (1000, torch.float16)):
         for metadata in METADATA:
             compare(odd_groups(40, group_size, dtype), (1 << 31) - 500, bits, metadata, device)
@@ -481,6 +488,8 @@ def build(kernel: object, dtype: torch.dtype, group_size: int, bits: int, metada
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    upper = fused._has_upper_byte(bits)
+    bits -= 8 * upper
     rows, columns, warps = fused._shape(group_size, bits, dtype.itemsize)
     word = "*i16" if metadata == torch.bfloat16 else "*i32"
     element = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
@@ -488,6 +497,7 @@ def build(kernel: object, dtype: torch.dtype, group_size: int, bits: int, metada
         "GROUP": group_size,
         "BYTES": group_size if bits == 16 else packed_size(group_size, bits),
         "BITS": bits,
+        "UPPER": upper,
         "STRADDLES": False,
         "LARGEST": INF if dtype == torch.float32 else torch.finfo(dtype).max,
         "ROWS": rows,
@@ -544,6 +554,8 @@ def check_arithmetic(found: Counter[str], contracted: int) -> None:
         (torch.float16, 32, 4),
         (torch.float32, 32, 1),
         (torch.float32, 64, 8),
+        (torch.float32, 64, 12),
+        (torch.bfloat16, 64, 9),
         (torch.float32, 64, 16),
         (torch.float32, 44, 2),
     ],
@@ -555,9 +567,12 @@ def test_compiled_for_an_h200(dtype: torch.dtype, group_size: int, bits: int) ->
     check_arithmetic(found, 3 * elements)
     if vectors:  # each element is read once, 16 bytes at a time, and the groups' first ones once more
         loads = {name: n for name, n in found.items() if name.startswith("ld.global")}
-        firsts = 2 if bits == 16 else 1
-        assert sum(loads.values()) == elements * dtype.itemsize // 16 + firsts, loads
-        assert loads["ld.global.v4.b32"] == elements * dtype.itemsize // 16, loads
+        firsts, reads = 2 if bits == 16 else 1, elements * dtype.itemsize // 16
+        if fused._has_upper_byte(bits):  # all planes but the first again, which a byte is written before
+            lanes = 8 // (bits - 8)
+            reads += reads * (lanes - 1) // lanes
+        assert sum(loads.values()) == reads + firsts, loads
+        assert loads["ld.global.v4.b32"] == reads, loads
 
     ptx, elements = build(fused_groups.dequantize, dtype, group_size, bits, torch.bfloat16)
     found = instructions(ptx)

@@ -36,9 +36,8 @@ class Kernels(Protocol):
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes that are read, and written, as they are. Of others they get a float32 copy, a chunk at a time."""
 
-    @property
-    def planes(self) -> bool:
-        """Whether codes of a width that does not divide a byte are packed, and read, in their planes.
+    def packs(self, bits: int) -> bool:
+        """Whether codes of this width are packed, and read, in their planes.
 
         If not, they are left in a byte each, or in two for more than 8 bits.
         """

@@ -13,6 +13,7 @@ from lightning_tinykg.codecs.exact_groups import places
 from lightning_tinykg.codecs.kernels import fused_groups, fused_masks, fused_rows
 from lightning_tinykg.codecs.kernels.reference import Reference
 from lightning_tinykg.codecs.noise import make_key
+from lightning_tinykg.codecs.packing import BITS, PLANES
 
 _BLOCK = 1 << 31
 """Positions under one key; no launch goes beyond it, so that 32 bits hold any offset."""
@@ -30,7 +31,10 @@ class Fused:
     name = "triton"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     """Read and written as they are; the arithmetic is float32's."""
-    planes = False
+
+    def packs(self, bits: int) -> bool:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        return bits in BITS or _has_upper_byte(bits)
 
     def quantize(
         self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor
@@ -41,12 +45,14 @@ class Fused:
             Reference().quantize(x.to(torch.float32, copy=True), key, start, bits, codes, zero, scale)
             return None
         zero, scale = _words(zero), _words(scale)
-        packed = 16 if bits > 8 else bits if 8 % bits == 0 else 8
+        upper = _has_upper_byte(bits)
+        packed = bits - 8 if upper else 16 if bits > 8 else bits if bits in BITS else 8
         rows, columns, warps = _shape(group_size, packed, x.itemsize)
-        first, whole_tensor = 0, start + groups * group_size <= _BLOCK
+        most = _BLOCK // max(group_size, codes.shape[1])  # a code may be more than a byte
+        first, whole_tensor = 0, groups <= most and start + groups * group_size <= _BLOCK
         while first < groups:
             block, position = divmod(start + first * group_size, _BLOCK)
-            whole = min(groups - first, (_BLOCK - position) // group_size)
+            whole = min(groups - first, most, (_BLOCK - position) // group_size)
             # a group that lies in two blocks has a launch of its own
             count = max(whole, 1)
             tensors: tuple[Tensor, ...] = (x, codes, zero, scale)
@@ -60,8 +66,9 @@ class Fused:
                     *_key_words(key, block),
                     *_key_words(key, block + 1),
                     GROUP=group_size,
-                    BYTES=codes.shape[1],
+                    BYTES=codes.shape[1] - upper * group_size,
                     BITS=packed,
+                    UPPER=upper,
                     LEVELS=float(2**bits - 1),
                     STRADDLES=whole == 0,
                     ROWS=rows,
@@ -82,20 +89,23 @@ class Fused:
             out.copy_(wide.clamp_(finfo.min, finfo.max))
             return
         zero, scale = _words(zero), _words(scale)
-        rows, columns, warps = _shape(group_size, bits, out.itemsize)
-        step = _BLOCK // group_size
+        upper = _has_upper_byte(bits)
+        packed, size = bits - 8 * upper, codes.shape[1] - upper * group_size
+        rows, columns, warps = _shape(group_size, packed, out.itemsize)
+        step = _BLOCK // max(group_size, codes.shape[1])
         for first in range(0, groups, step):
             tensors: tuple[Tensor, ...] = (codes, zero, scale, out)
             if groups > step:
                 tensors = tuple([t[first : first + step] for t in tensors])
             count = min(step, groups - first)
             with _on(out):
-                fused_groups.dequantize[(triton.cdiv(count, rows), triton.cdiv(codes.shape[1], columns))](
+                fused_groups.dequantize[(triton.cdiv(count, rows), triton.cdiv(size, columns))](
                     *tensors,
                     count,
                     GROUP=group_size,
-                    BYTES=codes.shape[1],
-                    BITS=bits,
+                    BYTES=size,
+                    BITS=packed,
+                    UPPER=upper,
                     LARGEST=float("inf") if out.dtype == torch.float32 else torch.finfo(out.dtype).max,
                     ROWS=rows,
                     COLUMNS=columns,
@@ -200,6 +210,11 @@ class Fused:
                 fused_masks.unpack_levels[(rows * tiles,)](
                     codes, levels.view(word), out.view(word), out.shape[1], size, tiles, BITS=bits, COLUMNS=columns
                 )
+
+
+def _has_upper_byte(bits: int) -> bool:
+    """Whether codes of this width are a byte, and one plane of the bits below it."""
+    return len(PLANES.get(bits, ())) == 2 and PLANES[bits][0] == 8 and bits != 16
 
 
 def _columns(group_size: int) -> int:

@@ -62,11 +62,16 @@ def quantize(
     BYTES: tl.constexpr,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
+    UPPER: tl.constexpr,
     STRADDLES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Quantize ``ROWS`` groups, ``COLUMNS`` bytes of each at a time; of 16 bits, pairs of bytes."""
+    """Quantize ``ROWS`` groups, ``COLUMNS`` bytes of each at a time; of 16 bits, pairs of bytes.
+
+    Where there is an ``UPPER`` byte of each code, those of a group come first, and ``BITS`` are the others.
+    """
+    FIRST: tl.constexpr = GROUP if UPPER else 0
     LANES: tl.constexpr = 8 // BITS if BITS < 8 else 1
     PADDED: tl.constexpr = GROUP < LANES * BYTES or BYTES % COLUMNS != 0
     NARROW: tl.constexpr = zero_ptr.dtype.element_ty == tl.int16
@@ -135,14 +140,24 @@ def quantize(
                 x = tl.minimum(_divide(x, divisor, inverse), LEVELS)
                 level = tl.floor(x)
                 code = tl.where(noise < x - level, level + 1.0, level)
+                if UPPER:
+                    code = tl.where(finite[:, None], code, 0.0)
+                    if NARROW:
+                        code = tl.where(constant[:, None], bit.to(tl.float32)[:, None], code)
                 if PADDED:
                     code = tl.where(inside, code, 0.0)
+                if UPPER:
+                    upper = tl.floor(code * 2.0**-BITS)
+                    code -= upper * 2.0**BITS
+                    upper_ptr = codes_ptr + (row * (FIRST + BYTES) + place)
+                    tl.store(upper_ptr, upper.to(tl.int32).to(tl.uint8), mask=valid[:, None] & inside)
                 packed += code * 2.0 ** (lane * BITS)
         byte = tl.where(finite[:, None], packed, 0.0).to(tl.int32)
-        if NARROW:
+        if NARROW and not UPPER:
             byte = tl.where(constant[:, None], (bit * (255 // (2**BITS - 1) if BITS < 8 else 1))[:, None], byte)
         byte = byte.to(codes_ptr.dtype.element_ty)
-        tl.store(codes_ptr + (row * BYTES + column), byte, mask=valid[:, None] & (column < BYTES))
+        code_ptr = codes_ptr + (row * (FIRST + BYTES) + FIRST + column)
+        tl.store(code_ptr, byte, mask=valid[:, None] & (column < BYTES))
     tl.store(zero_ptr + rows, zero_word.to(zero_ptr.dtype.element_ty), mask=valid)
     tl.store(scale_ptr + rows, scale_word.to(scale_ptr.dtype.element_ty), mask=valid)
 
@@ -245,11 +260,16 @@ def dequantize(
     GROUP: tl.constexpr,
     BYTES: tl.constexpr,
     BITS: tl.constexpr,
+    UPPER: tl.constexpr,
     LARGEST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Restore ``ROWS`` groups, ``COLUMNS`` bytes of each, or pairs of them; nothing larger than ``LARGEST``."""
+    """Restore ``ROWS`` groups, ``COLUMNS`` bytes of each, or pairs of them; nothing larger than ``LARGEST``.
+
+    ``UPPER`` and ``BITS`` are as :func:`quantize` has them.
+    """
+    FIRST: tl.constexpr = GROUP if UPPER else 0
     LANES: tl.constexpr = 8 // BITS if BITS < 8 else 1
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < groups
@@ -257,7 +277,7 @@ def dequantize(
     scale_word = tl.load(scale_ptr + row, mask=valid, other=0).to(tl.int32)
     if zero_ptr.dtype.element_ty == tl.int16:
         # of a constant all codes are the same; times -0.0, they leave any number as it is, -0.0 too
-        bit = tl.load(codes_ptr + row * BYTES, mask=valid, other=0).to(tl.int32) & 1
+        bit = tl.load(codes_ptr + (row * (FIRST + BYTES) + FIRST), mask=valid, other=0).to(tl.int32) & 1
         value = (zero_word << 16) | ((scale_word & 0x7FFF) << 1) | bit
         constant = scale_word < 0
         zero_word = tl.where(constant, value, zero_word << 16)
@@ -269,10 +289,14 @@ def dequantize(
     lane = tl.arange(0, LANES)[None, :, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     place = lane * BYTES + column
-    byte = tl.load(codes_ptr + (row * BYTES + column), mask=(row < groups) & (column < BYTES), other=0)
+    code_ptr = codes_ptr + (row * (FIRST + BYTES) + FIRST + column)
+    byte = tl.load(code_ptr, mask=(row < groups) & (column < BYTES), other=0)
     level = (byte.to(tl.int32) >> (lane * BITS)) & (2**BITS - 1)
+    inside = (row < groups) & (column < BYTES) & (place < GROUP)
+    if UPPER:
+        upper = tl.load(codes_ptr + (row * (FIRST + BYTES) + place), mask=inside, other=0)
+        level += upper.to(tl.int32) << BITS
     x = level.to(tl.float32) * scale + zero
     if LARGEST < _INFINITY:  # rounded outward, the ends may lie beyond what a narrow dtype holds; a NaN stays
         x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    inside = (row < groups) & (column < BYTES) & (place < GROUP)
     tl.store(out_ptr + (row * GROUP + place), x.to(out_ptr.dtype.element_ty), mask=inside)

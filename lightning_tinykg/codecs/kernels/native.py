@@ -56,7 +56,6 @@ class Native(Reference):
 
     name = "native"
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
-    planes = True
 
     def __init__(self) -> None:
         library = ctypes.CDLL(str(build(_SOURCE)))
@@ -64,6 +63,10 @@ class Native(Reference):
             getattr(library, name).argtypes = arguments
             getattr(library, name).restype = _NUMBER if name in _ANSWERING else None
         self._library = library
+
+    def packs(self, bits: int) -> bool:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        return True
 
     def quantize(
         self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor

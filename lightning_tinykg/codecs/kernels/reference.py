@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from lightning_tinykg.codecs.chunks import chunk_elements
 from lightning_tinykg.codecs.cuts import NONZERO, Cut
 from lightning_tinykg.codecs.noise import uniform
-from lightning_tinykg.codecs.packing import pack_codes, unpack_codes
+from lightning_tinykg.codecs.packing import BITS, pack_codes, unpack_codes
 
 MIN_SCALE = 2.0**-100
 """The least scale: below it, ``1 / s`` overflows; a group this narrow is as good as constant."""
@@ -27,7 +27,10 @@ class Reference:
     name = "reference"
     dtypes: tuple[torch.dtype, ...] = ()
     """It works on float32 scratch."""
-    planes = False
+
+    def packs(self, bits: int) -> bool:
+        """See :class:`~lightning_tinykg.codecs.kernels.Kernels`."""
+        return bits in BITS
 
     def quantize(
         self, x: Tensor, key: int, start: int, bits: int, codes: Tensor, zero: Tensor, scale: Tensor
