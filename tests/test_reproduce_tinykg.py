@@ -163,16 +163,19 @@ def test_the_page_is_made_of_the_kept_runs(modules: dict[str, Any], tmp_path: Pa
     (results / "kgcn-music.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[::-1]))
     (results / "kgcn-music.md").write_text("Two bits: {{2 Recall@20}}, {{2 - none}}, {{2 mean x fewer}} times fewer.")
     (results / "after.md").write_text("Not run: more.")
-    page, image = modules["tinykg_tables"].render(results, tmp_path / "docs")
+    (results / "kgcn-music-stopped-early.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    page, image, _ = modules["tinykg_tables"].render(results, tmp_path / "docs")
     text = page.read_text()
     assert "--models kgcn --sets music --ways none 2 --seeds 0 1\n" in text
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    plain, two = (dict(zip(lines[0], line, strict=True)) for line in lines[2:])
+    plain, two = (dict(zip(lines[0], line, strict=True)) for line in lines[2:4])
     assert (plain["Recall@20"], plain["seeds"], plain["x fewer"]) == ("0.3000 ± 0.1414", "2", "1.0")
     assert (two["NDCG@20"], two["to uncompressed"]) == ("0.1250 ± 0.1061", "-16.67 ± 16.67 %")
     assert (two["raw"], two["stored"], two["x fewer"]) == ("8.00 MiB", "1.00 MiB", "8.0")
     assert (two["mean stored"], two["mean x fewer"]) == ("256.00 KiB", "16.0")
     assert "Two bits: 0.2500 ± 0.2121, -16.67 ± 16.67 %, 16.0 times fewer." in text
+    earlier = text.partition("## kgcn on music, stopped early\n\n")[2]
+    assert earlier.startswith("| activations")  # nothing makes these runs again
     assert text.endswith("Not run: more.\n")
     assert image.read_bytes().startswith(b"\x89PNG")
 

@@ -137,7 +137,8 @@ def fill(words: str, rows: list[Row]) -> str:
 def render(results: Path, docs: Path) -> list[Path]:
     """Write ``results.md`` and a plot for each kept table.
 
-    The words stand beside the results: ``before.md``, ``after.md``, and one beside each table that has any.
+    The words stand beside the results: ``before.md``, ``after.md``, and one beside each table that has any. Runs of a
+    config that has been replaced lie in ``MODEL-SET-WORDS.jsonl``, and have no command that would make them again.
 
     Args:
         results: the folder of the kept runs.
@@ -148,16 +149,21 @@ def render(results: Path, docs: Path) -> list[Path]:
     """
     docs.mkdir(parents=True, exist_ok=True)
     parts, written = [_words(results / "before.md")], []
-    for path in sorted(results.glob("*.jsonl")):
+    for path in sorted(results.glob("*.jsonl"), key=lambda path: path.stem):
         rows = [row for row in read(path) if "way" in row]  # the runs of other scripts lie here too
         if not rows:
             continue
         image = docs / f"results-{path.stem}.png"
         plot(by_way(rows), metrics(rows)[0], METRICS[metrics(rows)[0]], image)
         written.append(image)
-        shown = "\n".join(commands(rows))
-        parts.append(f"## {rows[0]['model']} on {rows[0]['set']}\n\n```bash\n{shown}\n```\n\n{table(rows)}")
-        parts.append(f"![{rows[0]['model']} on {rows[0]['set']}]({image.name})")
+        name, stem = f"{rows[0]['model']} on {rows[0]['set']}", f"{rows[0]['model']}-{rows[0]['set'].replace(':', '')}"
+        if earlier := path.stem.removeprefix(stem):  # with a config that is none any more: its words say which
+            name += f", {earlier.strip('-').replace('-', ' ')}"
+            parts.append(f"## {name}\n\n{table(rows)}")
+        else:
+            shown = "\n".join(commands(rows))
+            parts.append(f"## {name}\n\n```bash\n{shown}\n```\n\n{table(rows)}")
+        parts.append(f"![{name}]({image.name})")
         parts.append(fill(_words(path.with_suffix(".md")), rows))
     parts.append(_words(results / "after.md"))
     page = docs / "results.md"

@@ -162,8 +162,15 @@ class Costs:
                 value.wanted += self._worth_of[computed]
         return None
 
-    def needed(self, recipe: Recipe, ingredient: Ingredient, least: int) -> int:
-        """The least width of what a recipe starts from, so that it makes what ``least`` bits would restore."""
+    def needs(self, recipe: Recipe, least: int) -> tuple[int, ...]:
+        """The least width of each ingredient, so that what is made of them is worth ``least`` bits."""
+        asked = least, self._widths.bits, self._widths.literal
+        found = recipe.needs.get(asked)
+        if found is None:
+            found = recipe.needs[asked] = tuple([self._needed(recipe, i, least) for i in recipe.ingredients])
+        return found
+
+    def _needed(self, recipe: Recipe, ingredient: Ingredient, least: int) -> int:
         carries = recipe.repeatable.carries
         if least == 32 or carries is SAME:
             return least
@@ -214,8 +221,7 @@ class Costs:
         mark = len(counted.before)
         counted.add(recipe, least)
         nbytes, work, finer = 0.0, recipe.work, 0.0
-        for ingredient in recipe.ingredients:
-            needed = self.needed(recipe, ingredient, least)
+        for ingredient, needed in zip(recipe.ingredients, self.needs(recipe, least), strict=True):
             cost = self.of_ingredient(ingredient, needed, most - nbytes, counted, computed=computed)
             nbytes += cost.nbytes
             work += cost.work
@@ -229,6 +235,8 @@ class Costs:
         self, ingredient: Ingredient, least: int, most: float, counted: _Counted | None = None, *, computed: bool
     ) -> Cost:
         """What one of them takes: nothing, its own code, or its own recipe."""
+        if ingredient.free and ingredient.source() is not None:  # most are, and that is asked first
+            return _FREE
         counted = counted or _Counted()
         least = least if ingredient.floating else 32
         if (
@@ -237,8 +245,6 @@ class Costs:
         ):
             return _FREE
         gone = ingredient.source() is None
-        if ingredient.free and not gone:
-            return _FREE
         own = worth = math.inf
         finer = 0.0
         recipe = ingredient.recipe

@@ -108,24 +108,25 @@ class Follower:
 
     def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry, *, computed: bool = False) -> Kept:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
-        widths = tuple([self._costs.needed(recipe, ingredient, least) for ingredient in recipe.ingredients])
+        widths = self._costs.needs(recipe, least)
         # where it is asked for what is rounded, each save follows for itself, so that its place is noted
         noted = recipe.makings.get(widths) if self._forms.rounded is None else None
         making = None if noted is None else noted()
         if making is None:
-            args = self._argument(recipe.args, recipe, least, entry, computed or recipe.computes_itself)
+            needs = dict(zip(recipe.ingredients, widths, strict=True))
+            args = self._argument(recipe.args, needs, entry, computed or recipe.computes_itself)
             op = recipe.repeatable.op
             making = Making(op, args, recipe.kwargs, recipe.shape, recipe.dtype, recipe.autocast)
             recipe.makings[widths] = weakref.ref(making)
         return Remade(making, layout)
 
-    def _argument(self, argument: Any, recipe: Recipe, least: int, entry: Entry, computed: bool) -> Any:
+    def _argument(self, argument: Any, needs: dict[Ingredient, int], entry: Entry, computed: bool) -> Any:
         """What is kept in an argument's place: of tensors a form, of tuples what is in them, all else itself."""
         if isinstance(argument, tuple):
-            return tuple(self._argument(item, recipe, least, entry, computed) for item in argument)
+            return tuple([self._argument(item, needs, entry, computed) for item in argument])
         if not isinstance(argument, Ingredient):
             return argument
-        return self._ingredient(argument, self._costs.needed(recipe, argument, least), entry, computed)
+        return self._ingredient(argument, needs[argument], entry, computed)
 
     def _ingredient(self, ingredient: Ingredient, least: int, entry: Entry, computed: bool) -> Kept:
         """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe."""

@@ -102,6 +102,7 @@ class Recipe:
         repeats: whether the op makes the same bits of the same arguments.
         steady: whether it does, and what its arguments are made by.
         makings: by the widths of its ingredients: how it is made again, where a save asks for that.
+        needs: the widths of its ingredients, by what is asked of it.
         work: the bytes that are moved to run the op again, or the time of a matrix product in these.
         computes: whether it, or what it starts from, is more than a gather.
         computes_itself: whether it is.
@@ -121,6 +122,7 @@ class Recipe:
     repeats: bool
     steady: bool
     makings: dict[tuple[int, ...], weakref.ref[Making]] = field(default_factory=dict)
+    needs: dict[tuple[int, int, bool], tuple[int, ...]] = field(init=False, default_factory=dict)
     work: float = field(init=False)
     computes: bool = field(init=False)
     computes_itself: bool = field(init=False)
