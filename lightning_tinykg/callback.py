@@ -187,7 +187,7 @@ class TinyKGCallback(Callback):
         if _is_ours(wrapped) and wrapped.args[0] is self:
             del strategy.__dict__["training_step"]
             if getattr(wrapped.args[1], "__self__", None) is not strategy:  # another tool's wrapper
-                strategy.training_step = wrapped.args[1]  # type: ignore[method-assign]  # hides the class's
+                strategy.training_step = wrapped.args[1]  # type: ignore[method-assign]  # hides the class's again: it was there before us
         self._compression.root = None
 
     @override

@@ -108,19 +108,8 @@ def test_a_config_may_validate_rarely(modules: dict[str, Any], monkeypatch: pyte
     assert case("kgcn", "music").read()["validates_every"] == 3
     read = case.read
     monkeypatch.setattr(case, "read", lambda self: read(self) | {"validates_every": 2})
-    call(
-        modules["tinykg"],
-        monkeypatch,
-        tmp_path,
-        "--models",
-        "kgcn-ctr",
-        "--ways",
-        "none",
-        "--seeds",
-        "0",
-        "--epochs",
-        "4",
-    )
+    options = ("--models", "kgcn-ctr", "--ways", "none", "--seeds", "0", "--epochs", "4")
+    call(modules["tinykg"], monkeypatch, tmp_path, *options)
     found = kept(tmp_path, "kgcn-ctr")["none", 0]
     assert (found["epochs"], len(found["curve"])) == (4, 2)
 
