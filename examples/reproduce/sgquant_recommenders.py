@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 4, 2, 1], help="of the uniform plans")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--range", default="mse", choices=("minmax", "percentile", "ema", "mse"))
-    parser.add_argument("--granularity", default="tensor", choices=("tensor", "bucket", "node", "auto"))
+    parser.add_argument("--granularity", default="tensor", choices=("tensor", "bucket", "channel", "node", "auto"))
     parser.add_argument("--batch-size", type=int, help="of interactions, instead of the configuration's")
     parser.add_argument("--epochs", type=int, default=200, help="of full precision, at most")
     parser.add_argument("--patience", type=int, default=10, help="epochs without a better validation Recall@20")

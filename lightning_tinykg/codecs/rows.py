@@ -18,7 +18,7 @@ from lightning_tinykg.codecs.chunks import chunk_elements
 from lightning_tinykg.codecs.kernels import kernels_for
 from lightning_tinykg.codecs.packing import PLANES, packed_size
 from lightning_tinykg.codecs.planes import cut_planes
-from lightning_tinykg.codecs.uniform import nearest_codes
+from lightning_tinykg.codecs.uniform import nearest_codes, spread
 
 __all__ = ["ROW_BITS", "PackedRows", "row_chunks", "rows_nbytes"]
 
@@ -44,7 +44,7 @@ def rows_nbytes(rows: int, dim: int, bits: int, scales: int = 1) -> int:
         rows: How many.
         dim: Elements of a row.
         bits: 1 to 8 or 16; or 32, which are the floats as they are, without scale and zero.
-        scales: How many scales there are: 1, or one for each row.
+        scales: How many scales there are: 1, or one for each row, or one for each column.
 
     Example:
         >>> rows_nbytes(rows=10, dim=64, bits=3), rows_nbytes(rows=10, dim=64, bits=32)
@@ -72,7 +72,7 @@ class PackedRows:
 
     Args:
         planes: uint8, each `[n, bytes of a row]`, the upper bits first. At 32 bits one, float32 `[n, d]`.
-        scale: Float32, `[1]`, or `[n]` for a scale of each row. At 32 bits `[0]`.
+        scale: Float32, `[1]`, or `[n]` for a scale of each row, or `[1, d]` for one of each column. At 32 bits `[0]`.
         zero: Float32, the value of code 0; the shape of `scale`.
         bits: 1 to 8, 16 or 32.
         dim: Elements of a row, `d`.
@@ -102,7 +102,7 @@ class PackedRows:
                 raise ValueError(
                     f"a plane of {width} bits must have shape [{rows}, {wide}] for dim {dim}, got {list(plane.shape)}"
                 )
-        shapes = ((0,),) if bits == 32 else ((1,), (rows,))
+        shapes = ((0,),) if bits == 32 else ((1,), (rows,), (1, dim))
         for name, value in (("scale", scale), ("zero", zero)):
             if value.dtype != torch.float32:
                 raise TypeError(f"{name} must be float32, got {value.dtype}")
@@ -122,7 +122,7 @@ class PackedRows:
             rows: How many.
             dim: Elements of a row.
             bits: 1 to 8, 16 or 32.
-            scale: Float32 `[1]`, common to all; `None`: each row has its own, which `put` is given.
+            scale: Float32 `[1]` or `[1, d]`, common to all; `None`: each row has its own, which `put` is given.
             zero: The shape of `scale`.
             device: Where.
         """
@@ -142,7 +142,7 @@ class PackedRows:
         Args:
             x: Floating point `[n, d]`, without NaN; what lies beyond the range takes the range's end.
             bits: 1 to 8, 16 or 32.
-            scale: Float32, positive, `[1]` or `[n]`. `None` at 32 bits only.
+            scale: Float32, positive, `[1]`, `[n]` or `[1, d]`. `None` at 32 bits only.
             zero: Float32, the shape of `scale`.
 
         Returns:
@@ -154,7 +154,7 @@ class PackedRows:
         _check_floats(x)
         if bits != 32 and (scale is None or zero is None):
             raise ValueError(f"scale and zero must be given at {bits} bits, got None")
-        (rows, dim), shared = x.shape, scale is not None and scale.shape == (1,)
+        (rows, dim), shared = x.shape, scale is not None and scale.shape[:1] == (1,)
         packed = cls.empty(rows, dim, bits, scale if shared else None, zero if shared else None, x.device)
         packed.put(slice(None), x, None if shared else scale, None if shared else zero)
         return packed
@@ -180,7 +180,7 @@ class PackedRows:
             self.planes[0][slice(start, start + count) if index is None else index] = x.to(torch.float32)
             return
         if scale is not None and zero is not None:
-            if self.scale.numel() != self.rows or scale.shape != (count,) or zero.shape != (count,):
+            if self.scale.shape != (self.rows,) or scale.shape != (count,) or zero.shape != (count,):
                 raise ValueError(
                     f"scale and zero must have shape [{count}] where each row has its own, got {list(scale.shape)} "
                     f"and {list(zero.shape)}"
@@ -205,8 +205,8 @@ class PackedRows:
             )
 
     def _scales(self, which: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Scale and zero of these rows, `[1]` or one each."""
-        if self.scale.numel() == 1:
+        """Scale and zero of these rows, `[1]`, `[1, d]` or one each."""
+        if self.scale.size(0) == 1:
             return self.scale, self.zero
         return _rows_of(self.scale, which), _rows_of(self.zero, which)
 
@@ -257,13 +257,14 @@ class PackedRows:
         target = out if out.is_contiguous() else out.new_empty(out.shape)
         kernels = kernels_for(out.device)
         planes = [_rows_of(plane, which) for plane in self.planes]
-        scale, zero = (value.expand(len(out)).contiguous() for value in self._scales(which))
+        scale, zero = self._scales(which)
         widths = PLANES[self.bits]
-        if len(widths) == 1:
+        if len(widths) == 1 and scale.dim() == 1:
+            scale, zero = (value.expand(len(out)).contiguous() for value in (scale, zero))
             kernels.dequantize(planes[0], zero, scale, self.bits, target)
         else:
             # whole numbers below 2**24, which float32 adds exactly; then scaled and shifted, as `affine` does
-            nothing, shift = torch.zeros_like(zero), self.bits
+            nothing, shift = torch.zeros(len(out), device=out.device), self.bits
             upper = target.new_empty(target.shape)
             for number, (plane, width) in enumerate(zip(planes, widths, strict=True)):
                 shift -= width
@@ -271,7 +272,7 @@ class PackedRows:
                 kernels.dequantize(plane, nothing, step, width, upper if number else target)
                 if number:
                     target += upper
-            target.mul_(scale[:, None]).add_(zero[:, None])
+            target.mul_(spread(scale, target)).add_(spread(zero, target))
         if target is not out:
             out.copy_(target)
 

@@ -1,8 +1,8 @@
 r"""Uniform levels: the nearest of `2**bits`, and back. Deterministic, where `affine.py` rounds stochastically.
 
 A value `x` is `u = (x - zero) / scale` in code units; its code is the nearest whole number in `0 .. 2**bits - 1`, and
-stands for `zero + scale * code`. `scale` and `zero` have one value for the whole matrix, one for each row, or one for
-each group of neighbouring columns of a row.
+stands for `zero + scale * code`. `scale` and `zero` have one value for the whole matrix, one for each row, one for
+each group of neighbouring columns of a row, or one for each group of columns, the same for all rows.
 """
 
 from torch import Tensor
@@ -30,12 +30,14 @@ def affine(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
     Args:
         codes: Float32 `[n, d]`, whole numbers.
-        scale: Float32 `[1]`, `[n]` or `[n, groups]`.
+        scale: Float32 `[1]`, `[n]`, `[n, groups]` or `[1, groups]`.
         zero: The shape of `scale`.
 
     Returns:
         Float32 `[n, d]`.
     """
+    if scale.dim() == 2 and scale.size(0) == 1:
+        return codes * spread(scale, codes) + spread(zero, codes)
     if scale.dim() == 2:
         rows, groups = scale.shape
         grouped = codes.reshape(rows, groups, codes.size(1) // groups)
@@ -63,7 +65,7 @@ def symmetric_zero(scale: Tensor, bits: int) -> Tensor:
 
 
 def spread(value: Tensor, x: Tensor) -> Tensor:
-    """A value per table `[1]`, node `[n]` or group `[n, groups]`, for every element of `x`: broadcastable to `[n, d]`.
+    """A value per table `[1]`, node `[n]` or group `[n or 1, groups]`, for each element: broadcastable to `[n, d]`.
 
     Example:
         >>> import torch
@@ -71,7 +73,7 @@ def spread(value: Tensor, x: Tensor) -> Tensor:
         tensor([[1., 1., 2., 2.]])
     """
     if value.dim() == 2:
-        return value.repeat_interleave(x.size(1) // value.size(1), dim=1)
+        return value if value.size(1) == x.size(1) else value.repeat_interleave(x.size(1) // value.size(1), dim=1)
     return value[:, None]
 
 

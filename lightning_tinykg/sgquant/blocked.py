@@ -155,7 +155,8 @@ class BlockedLayer:
                 if levels is None:
                     out = part.new_empty(shape)
                 else:
-                    out = PackedFeatures.empty(shape, levels, edges.edge_order, part.device, run_of(shape[1:].numel()))
+                    run = run_of(shape[1:].numel())
+                    out = PackedFeatures.empty(shape, levels, edges.edge_order, part.device, run, edges.starts)
                     writer = RunWriter(out, levels)
             if writer is not None:
                 writer.write(part)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_tinykg.codecs.rows import PackedRows
 from lightning_tinykg.sgquant.order import RowOrder
-from lightning_tinykg.sgquant.packed import PackedFeatures
+from lightning_tinykg.sgquant.packed import PackedFeatures, Shares
 
 __all__ = [
     "PackedFileError",
@@ -27,7 +27,8 @@ __all__ = [
     "write_folder",
 ]
 
-FORMAT, VERSION = "lightning_tinykg.sgquant", 1
+FORMAT, VERSION = "lightning_tinykg.sgquant", 2
+READS = (1, VERSION)
 CARD, TENSORS = "card.json", "tensors.safetensors"
 
 
@@ -65,8 +66,9 @@ def read_folder(folder: Path, content: str) -> tuple[dict[str, Tensor], dict[str
         raise PackedFileError(f"{path}: corrupt: no JSON ({error})") from None
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise PackedFileError(f"{path}: of something else: its format is not {FORMAT!r}")
-    if card.get("version") != VERSION:
-        raise PackedFileError(f"{path}: of format version {card.get('version')}, this release reads version {VERSION}")
+    if card.get("version") not in READS:
+        read = " and ".join(map(str, READS))
+        raise PackedFileError(f"{path}: of format version {card.get('version')}, this release reads versions {read}")
     if card.pop("checksum", None) != _checksum(card):
         raise PackedFileError(f"{path}: changed after it was written: its checksum does not fit")
     if card["content"] != content:
@@ -88,6 +90,8 @@ def tensors_of(name: str, packed: PackedFeatures) -> dict[str, Tensor]:
     }
     if packed.order is not None:
         tensors[f"{name}.slot"] = packed.order.slots(slice(None))
+    if packed.shares is not None:
+        tensors[f"{name}.starts"] = packed.shares.starts
     return tensors
 
 
@@ -95,7 +99,8 @@ def describe(packed: PackedFeatures) -> dict[str, Any]:
     """What else it takes to make them again, in plain primitives."""
     counts = list(packed.order.counts) if packed.order is not None else None
     bits = [part.bits for part in packed.parts]
-    return {"shape": list(packed.shape), "bits": bits, "counts": counts, "run": packed.run}
+    shares = None if packed.shares is None else list(packed.shares.parts)
+    return {"shape": list(packed.shape), "bits": bits, "counts": counts, "run": packed.run, "shares": shares}
 
 
 def restore(name: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> PackedFeatures:
@@ -115,7 +120,10 @@ def restore(name: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -
             state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             parts.append(PackedRows.from_state(state, bits, dim))
         order = None if said["counts"] is None else RowOrder(said["counts"], slot=tensors[f"{name}.slot"])
-        return PackedFeatures(parts, order, row_shape, said["run"], rows)
+        shares = None
+        if said.get("shares") is not None:  # which the first version of the format does not know
+            shares = Shares(tensors[f"{name}.starts"], tuple(said["shares"]))
+        return PackedFeatures(parts, order, row_shape, said["run"], rows, shares)
     except (KeyError, ValueError, TypeError) as error:
         raise PackedFileError(f"{name}: card and tensors do not belong together: {error}") from None
 

@@ -158,7 +158,7 @@ def _part_nbytes(site: Site, level: Level, rows: int, is_whole: bool) -> int:
     """What the rows of a part take; all metadata of it included. A tensor that is whole is not packed."""
     if site.of_edges and not is_whole:
         return runs_nbytes(rows, site.dim, level.bits)
-    return rows_nbytes(rows, site.dim, level.bits, rows if level.per_row else 1)
+    return rows_nbytes(rows, site.dim, level.bits, level.scales(rows))
 
 
 def _released_bits(sites: Mapping[Spot, Site], bits: Mapping[Spot, Sequence[int]]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,7 +15,19 @@ from lightning_tinykg.sgquant.order import RowOrder
 from lightning_tinykg.sgquant.quantize import Level
 from lightning_tinykg.sgquant.runs import RunWriter
 
-__all__ = ["PackedFeatures"]
+__all__ = ["PackedFeatures", "Shares"]
+
+
+class Shares(NamedTuple):
+    """Which edges' values are stored as multiples of an even share, and what an even share is.
+
+    Attributes:
+        starts: int64 `[receivers + 1]`, at which slot the edges of each receiver begin. It is the graph's, not counted.
+        parts: Of each part, whether it is stored so.
+    """
+
+    starts: Tensor
+    parts: tuple[bool, ...]
 
 
 class PackedFeatures(torch.Tensor):
@@ -37,6 +49,7 @@ class PackedFeatures(torch.Tensor):
         run: How many rows lie in one row of a part. Rows of a few elements, such as the attention of an edge, fill
             whole bytes together only; they are made, and decoded, in their order.
         rows: How many there are; needed if there are runs and no order.
+        shares: Of rows that are edges: which parts are stored as multiples of an even share.
 
     Raises:
         ValueError: If parts, order and shape do not belong together.
@@ -57,6 +70,7 @@ class PackedFeatures(torch.Tensor):
     order: RowOrder | None
     row_shape: tuple[int, ...]
     run: int
+    shares: Shares | None
 
     @staticmethod
     def __new__(
@@ -66,6 +80,7 @@ class PackedFeatures(torch.Tensor):
         row_shape: Sequence[int] | None = None,
         run: int = 1,
         rows: int | None = None,
+        shares: Shares | None = None,
     ) -> PackedFeatures:
         """Wrap the parts, as a tensor without a storage."""
         if not parts:
@@ -80,7 +95,7 @@ class PackedFeatures(torch.Tensor):
         made: PackedFeatures = torch.Tensor._make_wrapper_subclass(
             cls, (sum(counts), *row_shape), dtype=torch.float32, device=parts[0].device
         )
-        made.parts, made.order, made.row_shape, made.run = tuple(parts), order, row_shape, run
+        made.parts, made.order, made.row_shape, made.run, made.shares = tuple(parts), order, row_shape, run, shares
         return made
 
     @classmethod
@@ -91,6 +106,7 @@ class PackedFeatures(torch.Tensor):
         order: RowOrder | None = None,
         device: torch.device | str = "cpu",
         run: int = 1,
+        starts: Tensor | None = None,
     ) -> PackedFeatures:
         """Room for rows, to be filled by `store`, such as those of a file that is read in pieces.
 
@@ -100,19 +116,35 @@ class PackedFeatures(torch.Tensor):
             order: Which row is where; `None`: one part.
             device: Where.
             run: See the class; such rows are filled by a `RunWriter`.
+            starts: See `Shares`; needed if a level is by share, not used otherwise.
+
+        Raises:
+            ValueError: If the levels do not fit.
         """
         row_shape, device = tuple(shape[1:]), torch.device(device)
         counts = order.counts if order is not None else (shape[0],)
         if len(counts) != len(levels) or sum(counts) != shape[0]:
             raise ValueError(f"levels and order must be of {shape[0]} rows, got {len(levels)} levels for {counts}")
         dim = prod(row_shape) * run
+        shares = None
+        if any(level.by_share for level in levels):
+            if starts is None:
+                raise ValueError("starts must be given for levels by share, got None")
+            shares = Shares(starts, tuple(level.by_share for level in levels))
         parts = [_room(level, -(-count // run), dim, device) for level, count in zip(levels, counts, strict=True)]
-        return cls(parts, order, row_shape, run, shape[0])
+        return cls(parts, order, row_shape, run, shape[0], shares)
 
     @classmethod
-    def encode(cls, x: Tensor, levels: Sequence[Level], order: RowOrder | None = None, run: int = 1) -> PackedFeatures:
+    def encode(
+        cls,
+        x: Tensor,
+        levels: Sequence[Level],
+        order: RowOrder | None = None,
+        run: int = 1,
+        starts: Tensor | None = None,
+    ) -> PackedFeatures:
         """The codes of a tensor, some rows at a time: nothing as large as `x` is made."""
-        packed = cls.empty(x.shape, levels, order, x.device, run)
+        packed = cls.empty(x.shape, levels, order, x.device, run, starts)
         writer = RunWriter(packed, levels) if run > 1 else None
         by_slot = order is not None and (order.row is not None or run > 1)
         for part in row_chunks(x.size(0), prod(packed.row_shape), x.device):
@@ -140,9 +172,9 @@ class PackedFeatures(torch.Tensor):
         """Encode the rows that are stored in these slots; as `store`."""
         if self.run > 1:
             raise ValueError(f"rows in runs of {self.run} must be filled by a RunWriter, in order")
-        flat = x.reshape(x.size(0), self.parts[0].dim)
+        flat, degree = x.reshape(x.size(0), self.parts[0].dim), self.degrees(slots)
         for number, which, own in self.slots_by_part(slots):
-            own_rows = flat if which is None else flat[which]
+            own_rows = self.multiples(number, which, flat if which is None else flat[which], degree)
             scales = levels[number].scale_and_zero(own_rows.float()) if levels[number].per_row else (None, None)
             self.parts[number].put(own, own_rows, *scales)
 
@@ -166,9 +198,11 @@ class PackedFeatures(torch.Tensor):
         elif self.run > 1:
             return self.decode_slots(slice(None)).index_select(0, slots)
         count = slots.numel() if isinstance(slots, Tensor) else max(slots.stop - slots.start, 0)
-        out = torch.empty(count, prod(self.row_shape), device=self.device)
+        out, degree = torch.empty(count, prod(self.row_shape), device=self.device), self.degrees(slots)
         for number, which, own in self.slots_by_part(slots):
             part = self.parts[number]
+            if degree is not None and not self._is_share(number):
+                degree[slice(None) if which is None else which] = 1
             if self.run > 1 and isinstance(own, slice):
                 first = own.start // self.run
                 values = part.decode(slice(first, -(-own.stop // self.run))).view(-1, out.size(1))
@@ -178,7 +212,35 @@ class PackedFeatures(torch.Tensor):
                 part.decode(own, out if which is None else out[which])
             else:
                 out[which] = part.decode(own)
+        if degree is not None:
+            out.div_(degree[:, None])
         return out.view(count, *self.row_shape)
+
+    def degrees(self, slots: Tensor | slice) -> Tensor | None:
+        """The degree of the receiver of the edge in each slot, float32 `[k]`; `None`: rows are no shares."""
+        if self.shares is None:
+            return None
+        if isinstance(slots, slice):
+            slots = torch.arange(*slots.indices(self.size(0)), device=self.device)
+        starts = self.shares.starts
+        # of receivers without an edge, which begin where the next does, it is the next that is found
+        return starts.diff()[torch.searchsorted(starts, slots, right=True) - 1].float()
+
+    def _is_share(self, number: int) -> bool:
+        return self.shares is not None and self.shares.parts[number]
+
+    def multiples(self, number: int, which: Tensor | slice | None, rows: Tensor, degree: Tensor | None) -> Tensor:
+        """What of some rows is stored: multiples of an even share, if they are of edges that are stored so.
+
+        Args:
+            number: Of their part.
+            which: Which of `degree` are theirs; `None`: all.
+            rows: Float `[k, d]`.
+            degree: Of each edge's receiver, or `None`.
+        """
+        if degree is None or not self._is_share(number):
+            return rows
+        return rows * (degree if which is None else degree[which])[:, None]
 
     def slots_by_part(self, slots: Tensor | slice) -> Iterator[tuple[int, Tensor | slice | None, Tensor | slice]]:
         """Cut slots by part: its number, which of them are its (`None`: all), and which of its own slots these are."""
@@ -206,11 +268,13 @@ class PackedFeatures(torch.Tensor):
     def parts_to(self, device: torch.device | str) -> PackedFeatures:
         """The same codes on a device."""
         order = self.order.to(device) if self.order is not None else None
-        return PackedFeatures([part.to(device) for part in self.parts], order, self.row_shape, self.run, self.size(0))
+        shares = self.shares._replace(starts=self.shares.starts.to(device)) if self.shares is not None else None
+        parts = [part.to(device) for part in self.parts]
+        return PackedFeatures(parts, order, self.row_shape, self.run, self.size(0), shares)
 
     def alias(self) -> PackedFeatures:
         """The same codes in another tensor."""
-        return PackedFeatures(self.parts, self.order, self.row_shape, self.run, self.size(0))
+        return PackedFeatures(self.parts, self.order, self.row_shape, self.run, self.size(0), self.shares)
 
     # -- as a tensor -------------------------------------------------------------------------------------------------
 
@@ -255,7 +319,7 @@ class PackedFeatures(torch.Tensor):
         """Hold these values, as they are, from now on."""
         nothing = torch.empty(0, device=x.device)
         self.parts = (PackedRows([x.reshape(x.size(0), -1)], nothing, nothing, 32, prod(self.row_shape)),)
-        self.order, self.run = None, 1
+        self.order, self.run, self.shares = None, 1, None
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedFeatures:
         """Refused: codes have no gradient."""
@@ -291,7 +355,7 @@ class PackedFeatures(torch.Tensor):
         return f"PackedFeatures({list(self.shape)}, bits {bits}, {self.nbytes:,} bytes)"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return PackedFeatures, (self.parts, self.order, self.row_shape, self.run, self.size(0))
+        return PackedFeatures, (self.parts, self.order, self.row_shape, self.run, self.size(0), self.shares)
 
 
 def _room(level: Level, rows: int, dim: int, device: torch.device) -> PackedRows:

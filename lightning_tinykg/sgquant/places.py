@@ -19,10 +19,13 @@ from lightning_tinykg.sgquant.wiring import Spot, layers_of
 
 __all__ = ["Granularity", "Places", "as_plan"]
 
-Granularity = Literal["tensor", "bucket", "node", "auto"]
+Granularity = Literal["tensor", "bucket", "channel", "node", "auto"]
 
 WIDE = 128
 """Elements of a row from which on `granularity="auto"` gives it a range of its own, which costs 64 bits."""
+
+TALL = 1024
+"""Rows from which on `granularity="auto"` gives each channel of narrower ones a range, which costs 64 bits as well."""
 
 
 class Places:
@@ -123,20 +126,28 @@ class Places:
         return levels[:1] if len(set(levels)) == 1 else levels
 
     def _level(self, owner: Site, bits: int, bucket: int) -> Level:
-        by_row = self.granularity == "node" or (self.granularity == "auto" and owner.dim >= WIDE)
-        if bits == 32 or (by_row and not owner.of_edges):
-            return Level(bits)
+        granularity: Granularity = self.granularity
+        if granularity == "auto":
+            granularity = "node" if owner.dim >= WIDE else "channel" if sum(owner.rows) >= TALL else "tensor"
         assert owner.observed is not None
-        by_bucket = self.granularity in ("bucket", "node")
-        return Level(bits, *owner.observed.ends(bucket if by_bucket else None, bits))
+        if bits == 32 or (granularity == "node" and not owner.of_edges):
+            return Level(bits)
+        if granularity == "channel" and owner.observed.has_channels:
+            return Level(bits, *owner.observed.ends_of_channels(bits))
+        by_bucket = granularity == "bucket" or (granularity == "node" and self.granularity == "node")
+        by_share = owner.shares is not None and bits in owner.share_widths
+        seen = owner.shares if owner.shares is not None and by_share else owner.observed
+        return Level(bits, *seen.ends(bucket if by_bucket else None, bits), by_share=by_share)
 
     @property
     def is_calibrated(self) -> bool:
         """Whether the places and their ranges are known."""
         return bool(self.sites)
 
-    def _new_range(self) -> Observed:
-        return Observed(len(self.topologies), self.range, self.percentile)
+    def _new_range(self, of_edges: bool, dim: int) -> Observed:
+        by_channel = self.granularity == "channel" or (self.granularity == "auto" and dim < WIDE)
+        channels = dim if by_channel and not of_edges and dim > 1 else 0
+        return Observed(len(self.topologies), self.range, self.percentile, channels)
 
     def _need_calibration(self) -> None:
         if not self.is_calibrated:
@@ -177,7 +188,7 @@ class Places:
         """
         if state["options"] != self._options():
             raise ValueError(f"the state is of a quantizer with {state['options']}, got one with {self._options()}")
-        sites = [Site.from_state(plain, self._new_range()) for plain in state["sites"]]
+        sites = [Site.from_state(plain, self._new_range) for plain in state["sites"]]
         if missing := {site.spot.layer for site in sites} - set(self._layers):
             raise ValueError(f"the state has layers that the model has not: {', '.join(sorted(missing))}")
         self.sites, self.points = {site.spot: site for site in sites}, tuple(state["points"])

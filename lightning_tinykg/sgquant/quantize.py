@@ -4,6 +4,10 @@ An element `x` becomes `zero + scale * code`, with the arithmetic of `lightning_
 the packed form: what is simulated here is what packed codes decode to, to the last bit. Rows of different widths meet
 as floats again ("re-matching" in SGQuant; Feng et al., arXiv 2007.05100).
 
+Coefficients that sum to 1 over the edges of a receiver, as a softmax gives them, are about `1 / degree`: with one range
+for all of them most would lie within the first step. They are quantized as multiples of that even share, `x * degree`,
+and divided by the degree again, which the graph tells and which takes no byte.
+
 The gradient is the straight-through estimator's with a clip mask: it passes where `zero <= x <= zero + scale * (2**b
 - 1)`, and is 0 beyond, where moving `x` would change nothing.
 """
@@ -18,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_tinykg.codecs.uniform import affine, code_units, nearest_codes
+from lightning_tinykg.codecs.uniform import affine, code_units, nearest_codes, spread
 from lightning_tinykg.sgquant.ranges import range_of_rows, scale_of
 
-__all__ = ["Level", "fake_quantize"]
+__all__ = ["Level", "even_shares", "fake_quantize"]
 
 
 class Level(NamedTuple):
@@ -29,13 +33,15 @@ class Level(NamedTuple):
 
     Attributes:
         bits: 1 to 8 or 16; 32: as they are.
-        low: Least value of the range; `None`: each row has its own range.
-        high: Its greatest value.
+        low: Least value of the range, or of each channel's; `None`: each row has its own range.
+        high: Its greatest value, or each channel's.
+        by_share: Whether rows are edges whose values are quantized as multiples of an even share, `1 / degree`.
     """
 
     bits: int
-    low: float | None = None
-    high: float | None = None
+    low: float | tuple[float, ...] | None = None
+    high: float | tuple[float, ...] | None = None
+    by_share: bool = False
 
     @property
     def per_row(self) -> bool:
@@ -47,17 +53,53 @@ class Level(NamedTuple):
         """The greatest code."""
         return int(2**self.bits - 1)
 
+    def scales(self, rows: int) -> int:
+        """How many scales so many rows have: one, or one for each row or channel."""
+        return rows if self.per_row else len(self.low) if isinstance(self.low, tuple) else 1
+
     def scale_and_zero(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero for float32 rows `[n, d]`: float32 `[1]` each, or `[n]` where each row has its own range."""
+        """Scale and zero for float32 rows `[n, d]`, float32 each.
+
+        `[1]`; `[1, d]` where each channel has its own range, which in a run of rows is repeated; `[n]` where each row
+        has its own.
+        """
         if self.low is None or self.high is None:
             return range_of_rows(x, self.top)
-        # a constant of the tensor's device, without a copy that a GPU would wait for
-        low, high = (torch.full((1,), end, dtype=torch.float32, device=x.device) for end in (self.low, self.high))
+        low, high = (_constant(ends, x.device) for ends in (self.low, self.high))
         return scale_of(low, high, self.top), low
 
 
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)
+def _constant(end: float | tuple[float, ...], device: torch.device) -> Tensor:
+    """An end of a range, float32 `[1]`, or of each channel's, `[1, d]`: copied to a device once, which waits for it."""
+    return torch.tensor([end], dtype=torch.float32).to(device)
+
+
+def even_shares(receivers: Tensor, rows: int) -> Tensor:
+    """How many edges arrive where each edge does.
+
+    Args:
+        receivers: int64 `[E]`, at which node each edge arrives.
+        rows: How many nodes there are.
+
+    Returns:
+        Float32 `[E]`.
+
+    Example:
+        >>> even_shares(torch.tensor([0, 2, 2]), rows=3)
+        tensor([1., 2., 2.])
+    """
+    ones = torch.ones(receivers.numel(), device=receivers.device)
+    return torch.zeros(rows, device=receivers.device).index_add_(0, receivers, ones).index_select(0, receivers)
+
+
 def fake_quantize(
-    x: Tensor, levels: Sequence[Level], bucket: Tensor | None = None, protected: Tensor | None = None
+    x: Tensor,
+    levels: Sequence[Level],
+    bucket: Tensor | None = None,
+    protected: Tensor | None = None,
+    degree: Tensor | None = None,
 ) -> Tensor:
     """Store the rows of a tensor and read them again.
 
@@ -66,12 +108,13 @@ def fake_quantize(
         levels: One for all rows, or one for each bucket.
         bucket: int64 `[n]`, each row's; needed if there is more than one level.
         protected: bool `[n]`, rows that are left as they are.
+        degree: Float32 `[n]`, of each edge's receiver; needed if the levels are by share.
 
     Returns:
         The shape and dtype of `x`.
 
     Raises:
-        ValueError: If there are several levels and no buckets.
+        ValueError: If there are several levels and no buckets, or levels by share and no degrees.
 
     Example:
         >>> x = torch.tensor([[0.25, 0.9], [0.25, 0.9]], requires_grad=True)
@@ -88,7 +131,9 @@ def fake_quantize(
         return x
     if len(levels) > 1 and bucket is None:
         raise ValueError(f"bucket must be given for {len(levels)} levels, got None")
-    arguments = (x, tuple(levels), bucket, protected)
+    if any(level.by_share for level in levels) and degree is None:
+        raise ValueError("degree must be given for levels by share, got None")
+    arguments = (x, tuple(levels), bucket, protected, degree)
     result: Tensor = FakeQuantize.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not annotate it
     return result
 
@@ -98,18 +143,32 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, levels: tuple[Level, ...], bucket: Tensor | None, protected: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        levels: tuple[Level, ...],
+        bucket: Tensor | None,
+        protected: Tensor | None,
+        degree: Tensor | None,
     ) -> Tensor:
         """Quantize bucket by bucket; keep a mask for backward."""
-        rows = x.reshape(x.size(0), -1).float()
+        rows = whole = x.reshape(x.size(0), -1).float()
         wants_mask = ctx.needs_input_grad[0]
+        by_share = degree is not None and any(level.by_share for level in levels)
+        if by_share:
+            assert degree is not None
+            if len(levels) > 1:  # what stays as it is stays so to the last bit
+                degree = degree.where(_tables(levels, rows.device).by_share[bucket], 1.0)
+            rows = rows * degree[:, None]
         if len(levels) == 1:
             y, passes = _stored_alike(rows, levels[0], wants_mask)
         else:
             assert bucket is not None
             y, passes = _stored(rows, _tables(levels, rows.device), bucket, wants_mask)
+        if by_share:
+            assert degree is not None
+            y = y / degree[:, None]
         if protected is not None:
-            y = torch.where(protected[:, None], rows, y)
+            y = torch.where(protected[:, None], whole, y)
             passes = None if passes is None else passes | protected[:, None]
         ctx.save_for_backward(passes)
         return y.to(x.dtype).reshape(x.shape)
@@ -119,7 +178,7 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Straight through, where nothing was clipped."""
         (passes,) = ctx.saved_tensors
-        return grad if passes is None else grad.where(passes.reshape(grad.shape), 0), None, None, None
+        return grad if passes is None else grad.where(passes.reshape(grad.shape), 0), None, None, None, None
 
 
 def _stored_alike(rows: Tensor, level: Level, wants_mask: bool) -> tuple[Tensor, Tensor | None]:
@@ -128,17 +187,21 @@ def _stored_alike(rows: Tensor, level: Level, wants_mask: bool) -> tuple[Tensor,
     y = affine(nearest_codes(rows, scale, zero, level.bits), scale, zero)
     if level.per_row or not wants_mask:
         return y, None  # nothing lies beyond a row's own range
-    return y, (rows >= zero[:, None]) & (rows <= (zero + scale * level.top)[:, None])
+    return y, (rows >= spread(zero, rows)) & (rows <= spread(zero + scale * level.top, rows))
 
 
 class _Tables(NamedTuple):
-    """The levels as vectors over the buckets: a row takes its own by indexing, and no GPU is waited for."""
+    """The levels by bucket: a row takes its own by indexing, and no GPU is waited for.
+
+    Of each bucket one value, or for `scale` and `zero` one for each channel.
+    """
 
     scale: Tensor
     zero: Tensor
     top: Tensor
     is_sign: Tensor
     is_whole: Tensor
+    by_share: Tensor
     per_row: bool
     any_sign: bool
 
@@ -147,15 +210,23 @@ class _Tables(NamedTuple):
 @torch.inference_mode(False)
 def _tables(levels: tuple[Level, ...], device: torch.device) -> _Tables:
     tops = torch.tensor([1 if level.bits == 32 else level.top for level in levels], dtype=torch.float32)
-    low = torch.tensor([level.low or 0.0 for level in levels], dtype=torch.float32)
-    high = torch.tensor([level.high or 0.0 for level in levels], dtype=torch.float32)
+    low, high = (_by_bucket([getattr(level, end) for level in levels]) for end in ("low", "high"))
     is_sign = torch.tensor([level.bits == 1 for level in levels])
     is_whole = torch.tensor([level.bits == 32 for level in levels])
-    scale, low, tops, is_sign, is_whole = (
-        v.to(device) for v in (scale_of(low, high, tops), low, tops, is_sign, is_whole)
+    by_share = torch.tensor([level.by_share for level in levels])
+    scale = scale_of(low, high, tops if low.dim() == 1 else tops[:, None])
+    scale, low, tops, is_sign, is_whole, by_share = (
+        v.to(device) for v in (scale, low, tops, is_sign, is_whole, by_share)
     )
     per_row, any_sign = any(level.per_row for level in levels), any(level.bits == 1 for level in levels)
-    return _Tables(scale, low, tops, is_sign, is_whole, per_row, any_sign)
+    return _Tables(scale, low, tops, is_sign, is_whole, by_share, per_row, any_sign)
+
+
+def _by_bucket(ends: Sequence[float | tuple[float, ...] | None]) -> Tensor:
+    """Ends of ranges, float32 `[buckets]` or `[buckets, channels]`; 0 where there is no range."""
+    channels = next((len(end) for end in ends if isinstance(end, tuple)), None)
+    nothing = 0.0 if channels is None else (0.0,) * channels
+    return torch.tensor([nothing if end is None else end for end in ends], dtype=torch.float32)
 
 
 def _stored(rows: Tensor, tables: _Tables, bucket: Tensor, wants_mask: bool) -> tuple[Tensor, Tensor | None]:
@@ -169,4 +240,5 @@ def _stored(rows: Tensor, tables: _Tables, bucket: Tensor, wants_mask: bool) -> 
     y = torch.where(is_whole, rows, affine(codes, scale, zero))
     if tables.per_row or not wants_mask:
         return y, None
-    return y, ((rows >= zero[:, None]) & (rows <= (zero + scale * top)[:, None])) | is_whole
+    highest = zero + scale * (top if scale.dim() == 1 else top[:, None])
+    return y, ((rows >= spread(zero, rows)) & (rows <= spread(highest, rows))) | is_whole

@@ -16,7 +16,7 @@ from lightning_tinykg.sgquant.granularity import DegreeBuckets
 from lightning_tinykg.sgquant.graphs import Graph, Graphs
 from lightning_tinykg.sgquant.places import Granularity, Places
 from lightning_tinykg.sgquant.protecting import check_protect, protected_nodes
-from lightning_tinykg.sgquant.quantize import fake_quantize
+from lightning_tinykg.sgquant.quantize import even_shares, fake_quantize
 from lightning_tinykg.sgquant.ranges import Range
 from lightning_tinykg.sgquant.repeats import Repeats
 from lightning_tinykg.sgquant.sites import Observer, Site
@@ -50,9 +50,11 @@ class SGQuantizer(Places):
         range: How calibration finds ranges: `"mse"`, `"minmax"`, `"percentile"` or `"ema"`, see `Observed`. At 1 and 2
             bits the least and greatest value are poor levels.
         percentile: Share of the values below the upper end, for `range="percentile"`.
-        granularity: What has a range of its own: `"tensor"`, `"bucket"`, or `"node"`, whose range is that of its row as
-            it is stored, for 8 bytes a row; edges go by bucket then. `"auto"` is `"node"` for rows of at least 128
-            elements, and `"tensor"` for the rest.
+        granularity: What has a range of its own: `"tensor"`, `"bucket"`, `"channel"` (an element of the rows; edges go
+            by tensor then), or `"node"`, whose range is that of its row as it is stored, for 8 bytes a row (edges go by
+            bucket then). `"auto"` is `"node"` for rows of at least 128 elements, `"channel"` for narrower ones where
+            they are at least 1024, and `"tensor"` for the rest. Coefficients that sum to 1 over a receiver's edges are
+            multiples of an even share, `1 / degree`, in any case.
         protect: Least and greatest probability with which a node is left as it is in training, see `protection`.
         seed: Of the nodes so protected.
 
@@ -139,8 +141,7 @@ class SGQuantizer(Places):
         self.sites, self._levels = observer.sites, {}
         if self.agree is not None:
             for site in self.sites.values():
-                if site.observed is not None:
-                    site.observed.agree(self.agree)
+                site.agree(self.agree)
 
     def _bucket_of(self, graph: Graph, rows: int, end: int) -> Tensor | None:
         """Bucket of each node; `None`: there are no buckets, or it is another graph's nodes."""
@@ -218,7 +219,10 @@ class SGQuantizer(Places):
         return self._store(spot, x, meeting)
 
     def _store(self, spot: Spot, x: Tensor, meeting: Meeting) -> Tensor:
-        levels, bucket, protected = self.levels(spot), None, None
+        levels, bucket, protected, degree = self.levels(spot), None, None, None
+        if meeting.receivers is not None and any(level.by_share for level in levels):
+            known = None if meeting.graph is None else meeting.graph.rows
+            degree = even_shares(meeting.receivers, known or int(meeting.receivers.max()) + 1)
         protects = self.protect is not None and meeting.layer.training
         if len(levels) > 1 or protects:
             graph, of_edges = meeting.graph, meeting.receivers is not None
@@ -237,9 +241,9 @@ class SGQuantizer(Places):
             if meeting.receivers is not None:
                 bucket, protected = (None if v is None else v[meeting.receivers] for v in (bucket, protected))
         if protected is not None:
-            return fake_quantize(x, levels, bucket, protected)
-        circumstances = levels, None if bucket is None else meeting.graph
-        return self._repeats.of(spot, x, circumstances, lambda x: fake_quantize(x, levels, bucket))
+            return fake_quantize(x, levels, bucket, protected, degree)
+        circumstances = levels, None if bucket is None and degree is None else meeting.graph
+        return self._repeats.of(spot, x, circumstances, lambda x: fake_quantize(x, levels, bucket, None, degree))
 
     def _store_parameter(self, site: Site, rows: Tensor, index: Tensor | None, training: bool) -> Tensor:
         levels, bucket, protected = self.levels(site.spot), None, None

@@ -1,4 +1,4 @@
-r"""Which range a place's levels span: from calibration, or from each row as it is encoded.
+r"""Which range a place's levels span: from calibration, of all or of each channel, or from each row as it is encoded.
 
 With the range `low .. high` a code of `b` bits stands for `low + scale * code`, `scale = (high - low) / (2**b - 1)`.
 """
@@ -34,7 +34,7 @@ def scale_of(low: Tensor, high: Tensor, top: int | Tensor) -> Tensor:
     Args:
         low: Float32, any shape.
         high: Float32, the same shape, nowhere below `low`.
-        top: The greatest code, `2**bits - 1`; or of each value its own, float32 in the shape of `low`.
+        top: The greatest code, `2**bits - 1`; or of each value its own, float32, broadcastable to `low`.
 
     Returns:
         Float32, positive, the same shape.
@@ -105,7 +105,7 @@ def least_error(values: Tensor, bits: int, weights: Tensor | None = None) -> tup
 
 
 class Observed:
-    """The range of what was seen at a place: in each bucket, and in all of them.
+    """The range of what was seen at a place: in each bucket, in all of them, and of each channel in all of them.
 
     Args:
         buckets: How many there are.
@@ -113,6 +113,7 @@ class Observed:
             over the batches; `"ema"`: the least and greatest of each batch, as a moving average; `"mse"`: what loses
             the least at each width, see `least_error`, of the batches' quantiles.
         percentile: Share of the values that lie below the range's upper end, and above its lower.
+        channels: Elements of a row, where each is to have a range of its own; else 0.
 
     Raises:
         ValueError: If `kind` or `percentile` have a value they can't have.
@@ -124,15 +125,16 @@ class Observed:
         (tensor([0., 5., 0.]), tensor([1., 9., 9.]))
     """
 
-    def __init__(self, buckets: int, kind: Range = "minmax", percentile: float = 0.999) -> None:
+    def __init__(self, buckets: int, kind: Range = "minmax", percentile: float = 0.999, channels: int = 0) -> None:
         if kind not in get_args(Range):
             raise ValueError(f"range must be one of {', '.join(get_args(Range))}, got {kind!r}")
         if not 0.5 < percentile <= 1:
             raise ValueError(f"percentile must be above 0.5 and at most 1, got {percentile}")
-        self.kind, self.percentile = kind, percentile
-        self.low, self.high = torch.full((buckets + 1,), torch.inf), torch.full((buckets + 1,), -torch.inf)
-        self.seen = [0] * (buckets + 1)  # batches that had any such row
-        self.quantiles = torch.zeros(buckets + 1, _QUANTILES if kind == "mse" else 0)  # mean over the batches
+        self.kind, self.percentile, self.buckets = kind, percentile, buckets
+        ranges = buckets + 1 + channels  # of each bucket, of all, of each channel
+        self.low, self.high = torch.full((ranges,), torch.inf), torch.full((ranges,), -torch.inf)
+        self.seen = [0] * ranges  # batches that had any such row
+        self.quantiles = torch.zeros(ranges, _QUANTILES if kind == "mse" else 0)  # mean over the batches
         self._fitted: dict[tuple[int, int], tuple[float, float]] = {}
 
     def add(self, x: Tensor, bucket: Tensor | None) -> None:
@@ -145,8 +147,9 @@ class Observed:
         Raises:
             ValueError: If a value is not finite.
         """
-        parts = [x] if bucket is None else [x[bucket == number] for number in range(len(self.seen) - 1)]
-        for index, part in [*enumerate(parts), (len(self.seen) - 1, x)]:
+        parts = [x] if bucket is None else [x[bucket == number] for number in range(self.buckets)]
+        channels = x.unbind(1) if self.has_channels else ()
+        for index, part in [*enumerate(parts), *enumerate((x, *channels), start=self.buckets)]:
             if part.numel():
                 part = part.detach().float()
                 self._add_to(index, *self._ends(part))
@@ -191,7 +194,7 @@ class Observed:
             lower, upper = lower.masked_fill(unseen, torch.inf), upper.masked_fill(unseen, -torch.inf)
             agreed = torch.cat([-most(-lower), most(upper)], dim=1)
             self.quantiles = agreed.where(agreed.isfinite(), 0.0)
-            self._fitted.clear()
+        self._fitted.clear()
 
     def ends(self, bucket: int | None, bits: int) -> tuple[float, float]:
         """The range of a bucket, or of all; that of all, for a bucket in which nothing was seen; (0, 0) for nothing.
@@ -204,16 +207,42 @@ class Observed:
             >>> Observed(buckets=1).ends(0, bits=4)
             (0.0, 0.0)
         """
-        last = len(self.seen) - 1
-        low, high = self.low.tolist(), self.high.tolist()
+        last = self.buckets
         for index in (last if bucket is None else bucket, last):
-            if low[index] <= high[index]:
-                if self.kind != "mse":
-                    return low[index], high[index]
-                if (index, bits) not in self._fitted:
-                    self._fitted[index, bits] = least_error(self.quantiles[index], bits, _levels()[1])
-                return self._fitted[index, bits]
+            if (found := self._ends_of(index, bits)) is not None:
+                return found
         return 0.0, 0.0
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether each channel has a range of its own."""
+        return len(self.seen) > self.buckets + 1
+
+    def ends_of_channels(self, bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The least and the greatest level of each channel, over all buckets; (0, 0) for nothing.
+
+        Args:
+            bits: The width that they are for.
+
+        Example:
+            >>> observed = Observed(buckets=1, channels=2)
+            >>> observed.add(torch.tensor([[0.0, 10.0], [1.0, 30.0]]), None)
+            >>> observed.ends_of_channels(bits=4)
+            ((0.0, 10.0), (1.0, 30.0))
+        """
+        channels = range(self.buckets + 1, len(self.seen))
+        low, high = zip(*(self._ends_of(index, bits) or (0.0, 0.0) for index in channels), strict=True)
+        return low, high
+
+    def _ends_of(self, index: int, bits: int) -> tuple[float, float] | None:
+        """One range; `None`: nothing of it was seen."""
+        if (index, bits) not in self._fitted:
+            low, high = float(self.low[index]), float(self.high[index])
+            if not low <= high:
+                return None
+            fits = self.kind == "mse"
+            self._fitted[index, bits] = least_error(self.quantiles[index], bits, _levels()[1]) if fits else (low, high)
+        return self._fitted[index, bits]
 
     def state_dict(self) -> dict[str, Any]:
         """The ranges, in tensors and primitives."""

@@ -85,8 +85,14 @@ def _plain(spot: Spot, site: PackedSite) -> dict[str, Any]:
     }
 
 
+def _level(bits: int, low: Any, high: Any, by_share: bool = False) -> Level:
+    """A level of a card; those of the first version of the format have three items."""
+    low, high = (tuple(end) if isinstance(end, list) else end for end in (low, high))
+    return Level(bits, low, high, by_share)
+
+
 def _site(plain: Mapping[str, Any]) -> tuple[Spot, PackedSite]:
-    levels = tuple(Level(*level) for level in plain["levels"])
+    levels = tuple(_level(*level) for level in plain["levels"])
     owner = Spot(*plain["owner"])
     site = PackedSite(owner, plain["is_stored"], plain["of_edges"], plain["dim"], levels, plain["parameter"])
     return Spot(*plain["spot"]), site

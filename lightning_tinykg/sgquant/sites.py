@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch_geometric.nn import MessagePassing
 
+from lightning_tinykg.sgquant.granularity import WIDTHS
 from lightning_tinykg.sgquant.graphs import Graph
+from lightning_tinykg.sgquant.quantize import Level, even_shares, fake_quantize
 from lightning_tinykg.sgquant.ranges import Observed
 from lightning_tinykg.sgquant.wiring import Meeting, Spot
 
@@ -34,6 +36,9 @@ class Site:
         parameter: Name of the parameter that it is, if it is one.
         degrees: int32, the in-degree of each of the parameter's rows in the graph of the calibration.
         observed: Its range; of an owner only.
+        shares: The range of its multiples of an even share, if it is of edges and sums to 1 over those of each
+            receiver.
+        share_widths: The widths at which less is lost of such multiples.
     """
 
     spot: Spot
@@ -46,6 +51,8 @@ class Site:
     parameter: str | None = None
     degrees: Tensor | None = None
     observed: Observed | None = None
+    shares: Observed | None = None
+    share_widths: tuple[int, ...] = ()
 
     @property
     def is_owner(self) -> bool:
@@ -54,33 +61,61 @@ class Site:
 
     def copy(self) -> Site:
         """The same, to be added to."""
-        return replace(self, rows=list(self.rows), observed=deepcopy(self.observed))
+        observed, shares = deepcopy(self.observed), deepcopy(self.shares)
+        return replace(self, rows=list(self.rows), observed=observed, shares=shares)
+
+    def agree(self, most: Callable[[Tensor], Tensor]) -> None:
+        """Take the widest of all ranks' ranges; what is stored as shares is so on every rank.
+
+        Args:
+            most: As in `Observed.agree`.
+        """
+        if self.observed is None:
+            return
+        self.observed.agree(most)
+        if self.of_edges:
+            otherwise = most(torch.tensor([float(bits not in self.share_widths) for bits in WIDTHS]))
+            self.share_widths = tuple(bits for bits, other in zip(WIDTHS, otherwise.tolist(), strict=True) if not other)
+            if self.share_widths:
+                assert self.shares is not None
+                self.shares.agree(most)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, in tensors and primitives."""
         return {
             **{name: getattr(self, name) for name in _PLAIN},
+            "share_widths": list(self.share_widths),
             "spot": tuple(self.spot),
             "owner": tuple(self.owner),
             "degrees": None if self.degrees is None else self.degrees.cpu(),
-            "observed": None if self.observed is None else self.observed.state_dict(),
+            **{name: None if (seen := getattr(self, name)) is None else seen.state_dict() for name in _RANGES},
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], observed: Observed) -> Site:
-        """The site of a `state_dict`; `observed` is taken for its range."""
-        if state["observed"] is not None:
-            observed.load_state_dict(state["observed"])
-        return cls(
-            **{name: state[name] for name in _PLAIN},
-            spot=Spot(*state["spot"]),
-            owner=Spot(*state["owner"]),
-            degrees=state["degrees"],
-            observed=None if state["observed"] is None else observed,
-        )
+    def from_state(cls, state: dict[str, Any], new_range: NewRange) -> Site:
+        """The site of a `state_dict`; `new_range` makes its ranges."""
+        plain = {name: state[name] for name in _PLAIN}
+        site = cls(**plain, spot=Spot(*state["spot"]), owner=Spot(*state["owner"]), degrees=state["degrees"])
+        site.share_widths = tuple(state.get("share_widths", ()))
+        for name in _RANGES:
+            if (kept := state.get(name)) is not None:
+                seen = new_range(site.of_edges, site.dim)
+                seen.load_state_dict(kept)
+                setattr(site, name, seen)
+        return site
 
 
 _PLAIN = ("is_stored", "of_edges", "dim", "rows", "edges", "parameter")
+_RANGES = ("observed", "shares")
+
+NewRange = Callable[[bool, int], Observed]
+"""Makes an empty range, of edges or not, of rows of so many elements."""
+
+_SOME = 1 << 18
+"""Edges of which it is decided whether shares are better: all that arrive at some of the nodes, evenly spaced."""
+
+_NEARLY = 0.01
+"""How far from 1 a receiver's coefficients may sum to be shares of it: what 16 bits round is further off than this."""
 
 
 class Observer:
@@ -90,18 +125,19 @@ class Observer:
 
     Args:
         model: Whose parameters are looked for.
-        new_range: Makes an empty range.
+        new_range: Makes an empty range, of edges or not, of rows of so many elements.
         bucket_of: Bucket of each row of a tensor of nodes, given the graph, the number of rows and their end.
         sites: What earlier calibrations found. They are copied: if this one fails, they are as they were.
     """
 
-    def __init__(self, model: nn.Module, new_range: Any, bucket_of: Any, sites: dict[Spot, Site]) -> None:
+    def __init__(self, model: nn.Module, new_range: NewRange, bucket_of: Any, sites: dict[Spot, Site]) -> None:
         self._new_range, self._bucket_of = new_range, bucket_of
         self.sites = {spot: site.copy() for spot, site in sites.items()}
         self._earlier_sites = frozenset(sites)
         self._met: list[tuple[StorageWeakRef, tuple[int, ...], Spot, bool]] = []
         self._parameters = {_storage(p): (name, p) for name, p in model.named_parameters() if p.dim() > 1}
         self._waiting: list[tuple[Site, Tensor]] = []  # of linear layers that were called before any graph was seen
+        self._shares: dict[Spot, tuple[Tensor, Tensor]] = {}  # coefficients of some receivers, of the last batch
         self.node_counts: set[int] = set()
 
     def __call__(self, spot: Spot, x: Tensor, meeting: Meeting) -> Tensor:
@@ -117,9 +153,11 @@ class Observer:
         known = self.sites.get(spot)
         if known is None:
             owner, is_stored = self._earlier(x) or (spot, False)
-            known = self.sites[spot] = Site(spot, owner, is_stored, not of_nodes, x.numel() // max(x.size(0), 1))
+            dim = x.numel() // max(x.size(0), 1)
+            known = self.sites[spot] = Site(spot, owner, is_stored, not of_nodes, dim)
             if known.is_owner:
-                known.observed = self._new_range()
+                known.observed = self._new_range(known.of_edges, dim)
+                known.shares = None if of_nodes else self._new_range(known.of_edges, dim)
                 name, parameter = self._parameters.get(_storage(x), (None, None))
                 if parameter is not None and parameter.shape == x.shape:
                     known.parameter = name
@@ -162,14 +200,28 @@ class Observer:
             nodes = meeting.graph.rows or int(meeting.receivers.max()) + 1
             bucket = self._bucket_of(meeting.graph, nodes, 1)
             bucket = None if bucket is None else bucket[meeting.receivers]
+            self._add_shares(site, x.reshape(x.size(0), -1), bucket, meeting.receivers, nodes)
         self._add(site, x, bucket)
         if site.parameter is not None:
             degrees = meeting.graph.degrees(rows, meeting.end)
             site.degrees = None if degrees is None else degrees.int()
 
+    def _add_shares(self, site: Site, x: Tensor, bucket: Tensor | None, receivers: Tensor, nodes: int) -> None:
+        """Look at coefficients as multiples of an even share, as long as each receiver's have summed to 1."""
+        if site.shares is None or not x.size(0):
+            return
+        total = torch.zeros(nodes, x.size(1), device=x.device).index_add_(0, receivers, x.float())
+        if not bool((total.index_select(0, receivers) - 1).abs().amax() < _NEARLY):  # which NaN is not
+            site.shares, site.share_widths = None, ()
+            self._shares.pop(site.spot, None)
+            return
+        site.shares.add(x.float() * even_shares(receivers, nodes)[:, None], bucket)
+        some = (receivers % -(-x.size(0) // _SOME) == 0).nonzero().squeeze(1)
+        self._shares[site.spot] = x.index_select(0, some).float(), receivers.index_select(0, some)
+
     def _add(self, site: Site, x: Tensor, bucket: Tensor | None) -> None:
         assert site.observed is not None
-        buckets = len(site.observed.seen) - 1
+        buckets = site.observed.buckets
         try:
             site.observed.add(x.reshape(x.size(0), -1), bucket)
         except ValueError as error:
@@ -187,12 +239,42 @@ class Observer:
             self._add(site, x, bucket)
 
     def finish(self) -> None:
-        """Leave out linear layers that took no rows of nodes; an earlier calibration has found out which of its do."""
+        """When all has been seen: decide at which widths shares are better, and leave out what is not of nodes.
+
+        That are linear layers that took no rows of nodes; an earlier calibration has found out which of its do.
+        """
+        for spot, (x, receivers) in self._shares.items():
+            self.sites[spot].share_widths = _share_widths(self.sites[spot], x, receivers)
         for spot, site in list(self.sites.items()):
             if spot in self._earlier_sites or not site.is_owner or site.of_edges:
                 continue
             if sum(site.rows) not in self.node_counts:
                 self.sites = {s: other for s, other in self.sites.items() if other.owner != spot}
+
+
+def _share_widths(site: Site, x: Tensor, receivers: Tensor) -> tuple[int, ...]:
+    """The widths at which less is lost of coefficients that are stored as multiples of an even share.
+
+    What a receiver of neighbours `v` gets wrong is `sum(error * v)`: of neighbours that are alike, the sum of the
+    errors, and of such as have nothing in common, the root of the sum of their squares. Both count.
+    """
+    assert site.observed is not None
+    assert site.shares is not None
+    nodes = int(receivers.max()) + 1
+    degree = even_shares(receivers, nodes)
+
+    def lost(level: Level) -> float:
+        error = fake_quantize(x, [level], degree=degree) - x
+        of_nodes = x.new_zeros(nodes, x.size(1)).index_add_(0, receivers, error)
+        return float(of_nodes.square().sum() + error.square().sum())
+
+    as_it_is, as_shares = site.observed, site.shares
+
+    def is_better(bits: int) -> bool:
+        shares = Level(bits, *as_shares.ends(None, bits), by_share=True)
+        return lost(shares) < lost(Level(bits, *as_it_is.ends(None, bits)))
+
+    return tuple(bits for bits in WIDTHS if bits < 32 and is_better(bits))
 
 
 def _storage(x: Tensor) -> int:

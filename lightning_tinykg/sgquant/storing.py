@@ -15,7 +15,7 @@ from lightning_tinykg.sgquant.blocks import Storage
 from lightning_tinykg.sgquant.graphs import Graph, Graphs
 from lightning_tinykg.sgquant.order import RowOrder
 from lightning_tinykg.sgquant.packed import PackedFeatures
-from lightning_tinykg.sgquant.quantize import Level, fake_quantize
+from lightning_tinykg.sgquant.quantize import Level, even_shares, fake_quantize
 from lightning_tinykg.sgquant.receivers import Block, EdgesByReceiver
 from lightning_tinykg.sgquant.runs import run_of
 from lightning_tinykg.sgquant.wiring import Meeting, Spot, Wiring, layers_of
@@ -118,15 +118,17 @@ class Packing(Storage):
         elif edges is not None and x.size(0) == edges.total and x.dtype == torch.float32:
             known = self._packed.get(site.owner)
             if known is None or known[0] is not x or known[1] is not edges:
-                packed = PackedFeatures.encode(x, owner.levels, edges.edge_order, run_of(x[:1].numel()))
+                run = run_of(x[:1].numel())
+                packed = PackedFeatures.encode(x, owner.levels, edges.edge_order, run, edges.starts)
                 known = self._packed[site.owner] = (x, edges, self._noted(site.owner, packed))
             return known[2]
+        assert receivers is not None
+        known_rows = 0 if meeting.graph is None else meeting.graph.rows
+        rows = edges.count if edges is not None else known_rows or int(receivers.max()) + 1
         if len(owner.levels) > 1:
-            assert receivers is not None
-            known_rows = 0 if meeting.graph is None else meeting.graph.rows
-            rows = edges.count if edges is not None else known_rows or int(receivers.max()) + 1
             bucket = _buckets(self._order(meeting.graph, rows, 1, site.owner))[receivers]
-        return fake_quantize(x, owner.levels, bucket)
+        by_share = any(level.by_share for level in owner.levels)
+        return fake_quantize(x, owner.levels, bucket, degree=even_shares(receivers, rows) if by_share else None)
 
     def _is_result(self, owner: Spot) -> bool:
         """Whether a softmax is what `edge_updater` gives: then it arrives at `propagate` as it was stored."""

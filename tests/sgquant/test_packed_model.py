@@ -25,6 +25,8 @@ PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
     "by degree": (topologywise([8, 4, 3, 1]), {}),
     "by degree, each bucket's range": (topologywise([16, 32, 5, 2]), {"granularity": "bucket"}),
     "each node's range": (topologywise([6, 4, 2, 1]), {"granularity": "node"}),
+    "each channel's range": (3, {"granularity": "channel"}),
+    "by degree, each channel's range": (topologywise([16, 32, 5, 1]), {"granularity": "channel"}),
     "no buckets": (2, {"buckets": None}),
 }
 
@@ -78,7 +80,7 @@ def test_everything_that_has_a_width_is_stored_in_it() -> None:
 WIDTHS: dict[str, Any] = {"3": 3, "4": 4, "8431": topologywise([8, 4, 3, 1]), "mixed": topologywise([16, 32, 5, 2])}
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "bucket", "node", "auto"])
+@pytest.mark.parametrize("granularity", ["tensor", "bucket", "channel", "node", "auto"])
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("name", ["GCN", "GAT", "AGNN", "RGCN", "Sampled", "LightGCN"])
 def test_the_bytes_that_are_counted_are_those_that_are_stored(name: str, widths: str, granularity: str) -> None:

@@ -18,7 +18,7 @@ from lightning_tinykg.sgquant.granularity import (
     uniform,
 )
 from lightning_tinykg.sgquant.protecting import check_protect, protected_nodes, protection
-from lightning_tinykg.sgquant.quantize import Level, fake_quantize
+from lightning_tinykg.sgquant.quantize import Level, even_shares, fake_quantize
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -28,12 +28,68 @@ def packed(x: Tensor, level: Level) -> Tensor:
     return PackedRows.encode(x, level.bits, *level.scale_and_zero(x)).decode()
 
 
-@pytest.mark.parametrize("per_row", [False, True])
+RANGES: dict[str, Any] = {"rows": (), "table": (-1.3, 1.7), "channels": ((-1.3,) * 6 + (0.0,), (1.7,) * 6 + (2.0,))}
+
+
+@pytest.mark.parametrize("ends", RANGES)
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_it_is_what_packed_codes_decode_to(bits: int, per_row: bool) -> None:
-    x = torch.randn(50, 7)
-    level = Level(bits) if per_row else Level(bits, -1.3, 1.7)
+def test_it_is_what_packed_codes_decode_to(bits: int, ends: str) -> None:
+    x, level = torch.randn(50, 7), Level(bits, *RANGES[ends])
     assert torch.equal(fake_quantize(x, [level]), packed(x, level))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_each_channel_is_stored_in_its_own_range(bits: int) -> None:
+    x = (torch.randn(50, 3) * torch.tensor([0.01, 1, 100])).requires_grad_()
+    ends = (-0.01, -2.0, 0.0), (0.02, 1.0, 90.0)
+    y = fake_quantize(x, [Level(bits, *ends)])
+    y.backward(upstream := torch.randn(50, 3))
+    for channel, (low, high) in enumerate(zip(*ends, strict=True)):
+        alone = x.detach()[:, channel : channel + 1].requires_grad_()
+        stored = fake_quantize(alone, [Level(bits, low, high)])
+        stored.backward(upstream[:, channel : channel + 1])
+        assert torch.equal(y[:, channel : channel + 1], stored)
+        assert torch.equal(x.grad[:, channel : channel + 1], alone.grad)
+
+
+def test_channels_and_widths_meet() -> None:
+    x, bucket = torch.randn(60, 2), torch.arange(60) % 3
+    levels = [Level(4, (-2.0, -1.0), (2.0, 1.0)), Level(32), Level(1, (-1.0, -0.5), (1.0, 0.5))]
+    y = fake_quantize(x, levels, bucket)
+    for number, level in enumerate(levels):
+        rows = x[bucket == number]
+        assert torch.equal(y[bucket == number], rows if level.bits == 32 else packed(rows, level))
+    seen = x.requires_grad_()
+    fake_quantize(seen, levels, bucket).sum().backward()
+    assert torch.equal(
+        seen.grad == 1,
+        (x.abs() <= torch.tensor([[2.0, 1.0]] * 60).where(bucket[:, None] == 0, torch.tensor([1.0, 0.5])))
+        | (bucket == 1)[:, None],
+    )
+
+
+def test_shares_are_multiples_of_an_even_one() -> None:
+    receivers = torch.tensor([0] * 100 + [1] * 4 + [2])
+    degree = even_shares(receivers, rows=3)
+    assert degree.tolist() == [100.0] * 100 + [4.0] * 4 + [1.0]
+    x = torch.cat([torch.randn(n).softmax(0) for n in (100, 4, 1)]).requires_grad_()
+    level = Level(2, 0.0, 3.0, by_share=True)
+    y = fake_quantize(x, [level], degree=degree)
+    assert torch.equal(y, fake_quantize(x * degree, [Level(2, 0.0, 3.0)]) / degree)
+    y.backward(upstream := torch.randn(105))
+    assert torch.equal(x.grad, upstream.where(x * degree <= 3, 0))
+    with pytest.raises(ValueError, match="degree must be given for levels by share, got None"):
+        fake_quantize(x, [level])
+
+
+def test_of_shares_what_is_whole_or_protected_is_not_touched() -> None:
+    x, degree, bucket = torch.rand(300), torch.randint(1, 50, (300,)).float(), torch.arange(300) % 2
+    levels = [Level(32), Level(1, 0.0, 2.0, by_share=True)]
+    assert torch.equal(fake_quantize(x, levels, bucket, degree=degree)[bucket == 0], x[bucket == 0])
+    protected = torch.arange(300) < 100
+    y = fake_quantize(x, levels[1:], protected=protected, degree=degree)
+    assert torch.equal(y[protected], x[protected])
+    assert not (y[~protected] == x[~protected]).any()
 
 
 @settings(max_examples=40, deadline=None)

@@ -201,7 +201,7 @@ def test_what_cannot_be_is_named() -> None:
         ValueError, match="must hold PyG MessagePassing layers, which are what is quantized, got a Linear"
     ):
         SGQuantizer(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="granularity must be one of tensor, bucket, node, auto, got 'row'"):
+    with pytest.raises(ValueError, match="granularity must be one of tensor, bucket, channel, node, auto, got 'row'"):
         SGQuantizer(model, granularity="row")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="range must be one of minmax, percentile, ema, mse, got 'max'"):
         SGQuantizer(model, range="max")  # type: ignore[arg-type]
