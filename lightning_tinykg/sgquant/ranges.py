@@ -137,26 +137,27 @@ class Observed:
         self.quantiles = torch.zeros(ranges, _QUANTILES if kind == "mse" else 0)  # mean over the batches
         self._fitted: dict[tuple[int, int], tuple[float, float]] = {}
 
-    def add(self, x: Tensor, bucket: Tensor | None) -> None:
+    def add(self, x: Tensor, bucket: Tensor | None, weight: Tensor | None = None) -> None:
         """Look at a batch.
 
         Args:
             x: Float `[n, d]`.
             bucket: int64 `[n]`; `None`: all in the first.
+            weight: Float `[n]`, what each row counts for `"mse"`; `None`: all the same.
 
         Raises:
             ValueError: If a value is not finite.
         """
-        parts = [x] if bucket is None else [x[bucket == number] for number in range(self.buckets)]
+        weight = x.new_empty(len(x), 0) if weight is None else weight[:, None].expand_as(x)
+        buckets = [slice(None)] if bucket is None else [bucket == number for number in range(self.buckets)]
         channels = x.unbind(1) if self.has_channels else ()
-        for index, part in [*enumerate(parts), *enumerate((x, *channels), start=self.buckets)]:
+        parts = [*((x[rows], weight[rows]) for rows in buckets), (x, weight), *((x, weight[:, :0]) for x in channels)]
+        for index, (part, counts) in enumerate(parts):
             if part.numel():
                 part = part.detach().float()
                 self._add_to(index, *self._ends(part))
                 if self.kind == "mse":
-                    values = _thinned(part)
-                    at = (_levels()[0] * values.numel()).long().to(values.device)
-                    self.quantiles[index] += (values[at].cpu() - self.quantiles[index]) / self.seen[index]
+                    self.quantiles[index] += (_quantiles(part, counts).cpu() - self.quantiles[index]) / self.seen[index]
         self._fitted.clear()
 
     def _ends(self, x: Tensor) -> tuple[float, float]:
@@ -266,6 +267,18 @@ def _levels() -> tuple[Tensor, Tensor]:
     """
     edges = (1 - torch.linspace(0, torch.pi, _QUANTILES + 1, dtype=torch.float64).cos()) / 2
     return (edges[1:] + edges[:-1]) / 2, edges.diff()
+
+
+def _quantiles(x: Tensor, weight: Tensor) -> Tensor:
+    """The values at `_levels`, float32 `[_QUANTILES]`; `weight`: what each counts, or nothing: all the same."""
+    levels = _levels()[0].to(x.device)
+    if not weight.numel():
+        values = _thinned(x)
+        return values[(levels * values.numel()).long()]
+    step = -(-x.numel() // _SAMPLE)
+    values, order = x.flatten()[::step].sort()
+    until = weight.flatten()[::step].double()[order].cumsum(0)
+    return values[torch.searchsorted(until, levels * until[-1]).clamp(max=values.numel() - 1)]
 
 
 def _thinned(x: Tensor) -> Tensor:

@@ -215,7 +215,9 @@ class Observer:
             site.shares, site.share_widths = None, ()
             self._shares.pop(site.spot, None)
             return
-        site.shares.add(x.float() * even_shares(receivers, nodes)[:, None], bucket)
+        degree = even_shares(receivers, nodes)
+        # so that what is least is the squared error of the coefficients, not that of their multiples
+        site.shares.add(x.float() * degree[:, None], bucket, weight=1 / degree.square())
         some = (receivers % -(-x.size(0) // _SOME) == 0).nonzero().squeeze(1)
         self._shares[site.spot] = x.index_select(0, some).float(), receivers.index_select(0, some)
 
