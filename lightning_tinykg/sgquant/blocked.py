@@ -24,6 +24,39 @@ _OUTRIGHT = ("edge_index", "edge_index_j", "adj_t")
 """What a layer may compute anything from, such as a degree: it must see the whole graph then."""
 
 
+class OfOneBlock(torch.Tensor):
+    """Stands for what a layer noted on itself in its last block, so that nobody takes that for the whole.
+
+    It can be passed on, as by a layer that asserts that it has noted something. Whatever else is done with it raises.
+
+    Example:
+        >>> OfOneBlock() is not None
+        True
+        >>> OfOneBlock().shape
+        Traceback (most recent call last):
+            ...
+        RuntimeError: what a layer notes on itself, such as its attention weights, is of one block of edges when it \
+passes messages in blocks: ask the model that was packed
+    """
+
+    @staticmethod
+    def __new__(cls) -> OfOneBlock:
+        """Make one, of nothing."""
+        made: OfOneBlock = torch.Tensor._make_subclass(cls, torch.empty(0))
+        return made
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        """Refuse."""
+        raise RuntimeError(
+            "what a layer notes on itself, such as its attention weights, is of one block of edges when it passes "
+            "messages in blocks: ask the model that was packed"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # as in Tensor
+        return "OfOneBlock()"
+
+
 class Storage:
     """What is stored while a layer runs, and how; this one stores nothing."""
 
@@ -111,10 +144,9 @@ class BlockedLayer:
             out.index_copy_(dim, edges.receivers(block), part)
             del part
         else:
-            # what the layer noted on itself is of the last block only: nobody shall take it for the whole
             for name, value in layer.__dict__.items():
                 if isinstance(value, Tensor) and before.get(name) is not value:
-                    layer.__dict__[name] = None
+                    layer.__dict__[name] = OfOneBlock()
         for hook in layer._propagate_forward_hooks.values():
             result = hook(layer, (edge_index, sizes, kwargs), out)
             out = out if result is None else result

@@ -17,6 +17,7 @@ from torch_geometric.nn import (
     GINConv,
     LGConv,
     MessagePassing,
+    RGATConv,
     RGCNConv,
     SAGEConv,
     TransformerConv,
@@ -222,9 +223,18 @@ def test_an_update_sees_its_nodes_and_a_note_of_one_block_is_not_taken_for_the_w
     conv, x, index = OfNodes(), torch.randn(NODES, DIM), edges()
     with in_blocks(conv, 7):
         found = conv(x, index)
-        assert conv.seen is None
+        with pytest.raises(RuntimeError, match="is of one block of edges when it passes messages in blocks"):
+            conv.seen.sum()  # type: ignore[union-attr]  # it is not None
     assert torch.equal(found, conv(x, index))
     assert conv.seen is not None
+
+
+def test_a_layer_that_asserts_that_it_has_noted_its_attention_runs_in_blocks() -> None:
+    """Its products within a block may be rounded as the rows of one are."""
+    conv, x, index = RGATConv(DIM, 5, num_relations=3).eval(), torch.randn(NODES, DIM), edges()
+    with in_blocks(conv, 7), torch.no_grad():
+        found = typed(conv, x, index)
+    torch.testing.assert_close(found, typed(conv, x, index))
 
 
 def test_hooks_of_the_user_see_what_they_would() -> None:
