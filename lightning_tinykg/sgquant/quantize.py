@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from lightning_tinykg.codecs.uniform import affine, code_units, nearest_codes, spread
 from lightning_tinykg.sgquant.ranges import range_of_rows, scale_of
 
-__all__ = ["Level", "even_shares", "fake_quantize"]
+__all__ = ["Level", "fake_quantize", "receiver_degrees"]
 
 
 class Level(NamedTuple):
@@ -58,11 +58,7 @@ class Level(NamedTuple):
         return rows if self.per_row else len(self.low) if isinstance(self.low, tuple) else 1
 
     def scale_and_zero(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero for float32 rows `[n, d]`, float32 each.
-
-        `[1]`; `[1, d]` where each channel has its own range, which in a run of rows is repeated; `[n]` where each row
-        has its own.
-        """
+        """Scale and zero for float32 rows `[n, d]`: float32 `[1]` each, `[n]` or `[1, d]` by row or channel."""
         if self.low is None or self.high is None:
             return range_of_rows(x, self.top)
         low, high = (_constant(ends, x.device) for ends in (self.low, self.high))
@@ -76,8 +72,8 @@ def _constant(end: float | tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor([end], dtype=torch.float32).to(device)
 
 
-def even_shares(receivers: Tensor, rows: int) -> Tensor:
-    """How many edges arrive where each edge does.
+def receiver_degrees(receivers: Tensor, rows: int) -> Tensor:
+    """The degree of each edge's receiver: how many edges arrive there.
 
     Args:
         receivers: int64 `[E]`, at which node each edge arrives.
@@ -87,7 +83,7 @@ def even_shares(receivers: Tensor, rows: int) -> Tensor:
         Float32 `[E]`.
 
     Example:
-        >>> even_shares(torch.tensor([0, 2, 2]), rows=3)
+        >>> receiver_degrees(torch.tensor([0, 2, 2]), rows=3)
         tensor([1., 2., 2.])
     """
     ones = torch.ones(receivers.numel(), device=receivers.device)

@@ -16,7 +16,7 @@ from lightning_tinykg.sgquant.granularity import DegreeBuckets
 from lightning_tinykg.sgquant.graphs import Graph, Graphs
 from lightning_tinykg.sgquant.places import Granularity, Places
 from lightning_tinykg.sgquant.protecting import check_protect, protected_nodes
-from lightning_tinykg.sgquant.quantize import even_shares, fake_quantize
+from lightning_tinykg.sgquant.quantize import fake_quantize, receiver_degrees
 from lightning_tinykg.sgquant.ranges import Range
 from lightning_tinykg.sgquant.repeats import Repeats
 from lightning_tinykg.sgquant.sites import Observer, Site
@@ -222,7 +222,7 @@ class SGQuantizer(Places):
         levels, bucket, protected, degree = self.levels(spot), None, None, None
         if meeting.receivers is not None and any(level.by_share for level in levels):
             known = None if meeting.graph is None else meeting.graph.rows
-            degree = even_shares(meeting.receivers, known or int(meeting.receivers.max()) + 1)
+            degree = receiver_degrees(meeting.receivers, known or int(meeting.receivers.max()) + 1)
         protects = self.protect is not None and meeting.layer.training
         if len(levels) > 1 or protects:
             graph, of_edges = meeting.graph, meeting.receivers is not None

@@ -14,7 +14,7 @@ from torch_geometric.nn import MessagePassing
 
 from lightning_tinykg.sgquant.granularity import WIDTHS
 from lightning_tinykg.sgquant.graphs import Graph
-from lightning_tinykg.sgquant.quantize import Level, even_shares, fake_quantize
+from lightning_tinykg.sgquant.quantize import Level, fake_quantize, receiver_degrees
 from lightning_tinykg.sgquant.ranges import Observed
 from lightning_tinykg.sgquant.wiring import Meeting, Spot
 
@@ -115,7 +115,7 @@ _SOME = 1 << 18
 """Edges of which it is decided whether shares are better: all that arrive at some of the nodes, evenly spaced."""
 
 _NEARLY = 0.01
-"""How far from 1 a receiver's coefficients may sum to be shares of it: what 16 bits round is further off than this."""
+"""How far from 1 the sum of a receiver's coefficients may be, if they are shares: a softmax in 16 bits is less off."""
 
 
 class Observer:
@@ -215,10 +215,12 @@ class Observer:
             site.shares, site.share_widths = None, ()
             self._shares.pop(site.spot, None)
             return
-        degree = even_shares(receivers, nodes)
+        degree = receiver_degrees(receivers, nodes)
         # so that what is least is the squared error of the coefficients, not that of their multiples
         site.shares.add(x.float() * degree[:, None], bucket, weight=1 / degree.square())
         some = (receivers % -(-x.size(0) // _SOME) == 0).nonzero().squeeze(1)
+        if not some.numel():  # all edges arrive at a few nodes
+            some = torch.arange(x.size(0), device=x.device)
         self._shares[site.spot] = x.index_select(0, some).float(), receivers.index_select(0, some)
 
     def _add(self, site: Site, x: Tensor, bucket: Tensor | None) -> None:
@@ -263,7 +265,7 @@ def _share_widths(site: Site, x: Tensor, receivers: Tensor) -> tuple[int, ...]:
     assert site.observed is not None
     assert site.shares is not None
     nodes = int(receivers.max()) + 1
-    degree = even_shares(receivers, nodes)
+    degree = receiver_degrees(receivers, nodes)
 
     def lost(level: Level) -> float:
         error = fake_quantize(x, [level], degree=degree) - x

@@ -15,7 +15,7 @@ from lightning_tinykg.sgquant.blocks import Storage
 from lightning_tinykg.sgquant.graphs import Graph, Graphs
 from lightning_tinykg.sgquant.order import RowOrder
 from lightning_tinykg.sgquant.packed import PackedFeatures
-from lightning_tinykg.sgquant.quantize import Level, even_shares, fake_quantize
+from lightning_tinykg.sgquant.quantize import Level, fake_quantize, receiver_degrees
 from lightning_tinykg.sgquant.receivers import Block, EdgesByReceiver
 from lightning_tinykg.sgquant.runs import run_of
 from lightning_tinykg.sgquant.wiring import Meeting, Spot, Wiring, layers_of
@@ -128,7 +128,7 @@ class Packing(Storage):
         if len(owner.levels) > 1:
             bucket = _buckets(self._order(meeting.graph, rows, 1, site.owner))[receivers]
         by_share = any(level.by_share for level in owner.levels)
-        return fake_quantize(x, owner.levels, bucket, degree=even_shares(receivers, rows) if by_share else None)
+        return fake_quantize(x, owner.levels, bucket, degree=receiver_degrees(receivers, rows) if by_share else None)
 
     def _is_result(self, owner: Spot) -> bool:
         """Whether a softmax is what `edge_updater` gives: then it arrives at `propagate` as it was stored."""

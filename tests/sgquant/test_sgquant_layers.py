@@ -13,7 +13,7 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
 from lightning_tinykg import BitPlan
 from lightning_tinykg.sgquant import SGQuantizer, componentwise, topologywise
-from lightning_tinykg.sgquant.quantize import Level, even_shares, fake_quantize
+from lightning_tinykg.sgquant.quantize import Level, fake_quantize, receiver_degrees
 from lightning_tinykg.sgquant.wiring import Spot
 
 
@@ -143,7 +143,7 @@ def test_attention_within_a_message_is_quantized_where_it_is_made() -> None:
     with quantizer:
         conv(x, edge_index)
     conv(x, edge_index)
-    degree = even_shares(edge_index[1], NODES)[:, None]
+    degree = receiver_degrees(edge_index[1], NODES)[:, None]
     assert len((seen[1] * degree).round(decimals=4).unique()) == 2
     assert len((seen[2] * degree).round(decimals=4).unique()) > 2
     assert torch.equal(seen[1], stored(seen[0] * degree, 1) / degree)

@@ -18,7 +18,7 @@ from lightning_tinykg.sgquant.granularity import (
     uniform,
 )
 from lightning_tinykg.sgquant.protecting import check_protect, protected_nodes, protection
-from lightning_tinykg.sgquant.quantize import Level, even_shares, fake_quantize
+from lightning_tinykg.sgquant.quantize import Level, fake_quantize, receiver_degrees
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -70,7 +70,7 @@ def test_channels_and_widths_meet() -> None:
 
 def test_shares_are_multiples_of_an_even_one() -> None:
     receivers = torch.tensor([0] * 100 + [1] * 4 + [2])
-    degree = even_shares(receivers, rows=3)
+    degree = receiver_degrees(receivers, rows=3)
     assert degree.tolist() == [100.0] * 100 + [4.0] * 4 + [1.0]
     x = torch.cat([torch.randn(n).softmax(0) for n in (100, 4, 1)]).requires_grad_()
     level = Level(2, 0.0, 3.0, by_share=True)

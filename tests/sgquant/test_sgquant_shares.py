@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch_geometric import nn as pyg
 from torch_geometric.utils import softmax
 
-from lightning_tinykg.sgquant import SGQuantizer, componentwise, topologywise
+from lightning_tinykg.sgquant import SGQuantizer, componentwise, sites, topologywise
 from lightning_tinykg.sgquant.files import load_features, save_features
 from lightning_tinykg.sgquant.model import PackedModel
 from lightning_tinykg.sgquant.order import RowOrder
 from lightning_tinykg.sgquant.packed import PackedFeatures
-from lightning_tinykg.sgquant.quantize import Level, even_shares, fake_quantize
+from lightning_tinykg.sgquant.quantize import Level, fake_quantize, receiver_degrees
 from lightning_tinykg.sgquant.receivers import EdgesByReceiver
 from lightning_tinykg.sgquant.runs import run_of
 from lightning_tinykg.sgquant.sites import Site
@@ -102,6 +102,13 @@ def test_peaked_attention_loses_no_more_than_with_one_range(alike: bool) -> None
     for bits in (1, 2, 4, 8):
         chosen, one_range = lost_of(x, edge_index, weight, bits)
         assert chosen < 1.1 * one_range
+
+
+def test_a_graph_of_which_no_node_would_be_looked_at_is_decided_about_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sites, "_SOME", 100)  # of 300 edges: those of every third node
+    receivers = torch.tensor([1] * 4 + [4] * 46 + [5] * 250)
+    x, edge_index = torch.randn(300, 16), torch.stack([torch.arange(300), receivers])
+    assert 2 in site_of(quantizer_of(x, edge_index, coefficients(edge_index, sharpness=0.3))).share_widths
 
 
 def test_equal_shares_are_exact_in_one_bit() -> None:
@@ -242,7 +249,7 @@ def edges_of(nodes: int, seed: int, buckets: int) -> tuple[PackedFeatures, Tenso
     levels = [*levels[:buckets], *([Level(32)] if buckets > 3 else [])]
     order = RowOrder.of_buckets(bucket, buckets) if buckets > 1 else None
     edges = EdgesByReceiver(receivers, nodes, order)
-    want = fake_quantize(x, levels, bucket[receivers], degree=even_shares(receivers, nodes))
+    want = fake_quantize(x, levels, bucket[receivers], degree=receiver_degrees(receivers, nodes))
     return PackedFeatures.encode(x, levels, edges.edge_order, run_of(2), edges.starts), want
 
 
