@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lightning_tinykg.bits.space import Choice, SearchSpace
 
-__all__ = ["Model", "ModelMissing", "Predictor"]
+__all__ = ["Model", "ModelMissing", "Predictor", "groups_of"]
 
 Model = Literal["forest", "tree"]
 Floats = NDArray[np.float64]
@@ -58,7 +58,7 @@ class Predictor:
             from sklearn.tree import DecisionTreeRegressor
         except ImportError as error:
             raise ModelMissing("scikit-learn is not installed: pip install 'lightning-tinykg[search]'") from error
-        self._groups = _groups(space)
+        self._groups = groups_of(space)
         self._model: Any
         if model == "tree":
             self._model = DecisionTreeRegressor(min_samples_leaf=2, random_state=seed)
@@ -96,7 +96,7 @@ class Predictor:
         return np.column_stack([exact, *means, exact.mean(axis=1), exact.min(axis=1)])
 
 
-def _groups(space: SearchSpace) -> list[list[int]]:
+def groups_of(space: SearchSpace) -> list[list[int]]:
     """The entries that share one or two parts of their patterns, for each such part that some but not all share."""
     found: dict[tuple[int, ...], None] = {}
     for axes in (*combinations(range(3), 1), *combinations(range(3), 2)):
