@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -44,8 +45,8 @@ class Filling:
         >>> space = SearchSpace({"features": (1, 2, 4, 8), "head": (1, 2, 4, 8)})
         >>> filling = Filling(space, lambda choice: 1000 * choice[0] + 10 * choice[1])
         >>> filling.fit([(8, 8), (1, 8), (8, 1)], [0.9, 0.85, 0.3], reference=0.9, drop=0.01)
-        >>> filling.smallest([0.01], known=())
-        [(4, 4)]
+        >>> filling.smallest([0.02], known=())
+        [(2, 8)]
     """
 
     def __init__(self, space: SearchSpace, bytes_of: Callable[[Choice], int]) -> None:
@@ -94,19 +95,34 @@ class Filling:
             drops: how far below the reference.
             known: which plans not.
         """
-        path = self._path()
+        path, found = self._path(), dict[Choice, None]()
         below = self.drops(path)
-        found: dict[Choice, None] = {}
         for drop in drops:
-            fresh = [
-                (choice, d)
-                for choice, d in zip(path, below, strict=True)
-                if choice not in known and choice not in found
-            ]
-            within = [choice for choice, d in fresh if d <= drop]
-            if fresh:
-                found[min(within, key=self._bytes_of) if within else min(fresh, key=lambda pair: pair[1])[0]] = None
+            within = [choice for choice, d in zip(path, below, strict=True) if d <= drop]
+            least = min(within, key=self._bytes_of) if within else path[int(below.argmin())]
+            fresh = (choice for choice in self._narrowed(least, drop) if choice not in known and choice not in found)
+            found.update(dict.fromkeys(islice(fresh, 1)))
         return list(found)
+
+    def _narrowed(self, choice: Choice, drop: float) -> list[Choice]:
+        """A plan with one entry after the other narrower, whichever saves the most, as long as that is within a drop.
+
+        A price finds the corners of what is best only; between them something is left. The last comes first.
+        """
+        steps = [choice]
+        while True:
+            narrower = [
+                (*choice[:entry], widths[widths.index(choice[entry]) - 1], *choice[entry + 1 :])
+                for entry, widths in enumerate(self._space.widths)
+                if choice[entry] > widths[0]
+            ]
+            within = (
+                [one for one, d in zip(narrower, self.drops(narrower), strict=True) if d <= drop] if narrower else []
+            )
+            if not within:
+                return steps[::-1]
+            choice = min(within, key=self._bytes_of)
+            steps.append(choice)
 
     def best_within(self, budget: int, count: int, known: Collection[Choice]) -> list[Choice]:
         """The plans within some bytes that are by the fit the most accurate, none of them known.
