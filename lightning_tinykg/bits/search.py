@@ -3,8 +3,9 @@
 The loop is the automatic bit selection (ABS) of SGQuant (Feng et al., arXiv 2007.05100): measure some plans, fit
 regression trees from a plan to its accuracy, predict the accuracy of many more, measure the smallest of those that are
 predicted to be accurate enough, and so on for some rounds. Half of those that are measured in a round are not picked
-among many: they are the smallest there can be if what each entry costs adds up (``filling.py``). It asks for two functions and knows nothing else of what is
-quantized, so it serves plans of any kind:
+among many: they are the smallest that there can be if what each entry costs adds up (``filling.py``).
+
+It asks for two functions and knows nothing else of what is quantized, so it serves plans of any kind:
 
 - SGQuant: the patterns are ``quantizer.places()``; ``measure`` evaluates under ``quantizer.set_plan(plan)``;
   ``bytes_of`` is ``quantizer.memory(plan).packed_bytes``.
