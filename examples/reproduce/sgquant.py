@@ -5,11 +5,12 @@
 
 For each seed a full-precision model is trained and kept in its best validation epoch. Each plan is then measured on it
 as it is (PTQ), and after fine-tuning to the full-precision model's own predictions at all nodes (`--labels`: to the
-training labels), which keeps the epoch that is best on the validation nodes. `search` is a plan
-that automatic bit selection found with seed 0's model, fine-tuning each plan it measured for a few epochs: the smallest
-it measured that is as accurate on the validation nodes as full precision. Test nodes are looked at once for a line of
-the table. `at the bytes of N bits` asks what uniform N bits could be: the plan that is best on the validation nodes
-within as many bytes, searched for each seed without fine-tuning, by prediction and at random.
+training labels), which keeps the epoch that is best on the validation nodes. `search` is a plan that automatic bit
+selection found with seed 0's model, fine-tuning each plan it measured for a few epochs: the smallest it measured that
+is as accurate on the validation nodes as full precision. `search within 1/16` (`--within 16`) is the one that is most
+accurate there in a sixteenth of full precision's bytes. Test nodes are looked at once for a line of the table.
+`at the bytes of N bits` asks what uniform N bits could be: the plan that is best on the validation nodes within as many
+bytes, searched for each seed without fine-tuning, by prediction and at random.
 
 A finished run is a line in `OUT/results.jsonl` and is not repeated: an interrupted call can simply be made again.
 """
@@ -194,11 +195,12 @@ class Setting:
         """All layers, components and buckets, each with its own width."""
         return SearchSpace({tuple(place): WIDTHS for place in quantizer.places()})
 
-    def search(self, count: str) -> BitPlan:
+    def search(self, count: str, within: int = 0) -> BitPlan:
         """ABS, each plan fine-tuned for a few epochs: the smallest that is as accurate as full precision.
 
         Args:
             count: `packed`: smallest in bytes that are stored; `released`: by the count of the paper's released code.
+            within: if given, the most accurate in that fraction of full precision's bytes instead: 16 for a sixteenth.
         """
         model = self.model()
         quantizer, weights = self.quantizer(model), self.model().state_dict()
@@ -213,7 +215,9 @@ class Setting:
             memory = quantizer.memory(plan)
             return memory.packed_bytes if count == "packed" else round(memory.released_bits / 8)
 
-        path = self.args.out / f"abs-{count}-{self.name}-{self.kind}-{self.seed}"
+        sought = f"{count}-{within}" if within else count
+        path = self.args.out / f"abs-{sought}-{self.name}-{self.kind}-{self.seed}"
+        budget = quantizer.memory(32).full_bytes // within if within else None
         front = AutoBitSelector(
             self.space(quantizer),
             accuracy,
@@ -222,13 +226,16 @@ class Setting:
             rounds=self.args.rounds,
             per_round=self.args.per_round,
             tolerance=self.args.tolerance,
+            budget=budget,
             reference=self.full["val"],
             seed=self.seed,
             path=path.with_suffix(".jsonl"),
-            name=f"{self.kind} on {self.name}, seed {self.seed}, {count}",
+            name=f"{self.kind} on {self.name}, seed {self.seed}, {sought}",
             progress=False,
         ).run()
         front.plot(path.with_suffix(".png"))
+        if budget is not None:
+            return front.best_within(budget).plan
         try:
             return front.smallest_within(self.args.tolerance).plan
         except NothingWithin as nothing:
@@ -276,6 +283,8 @@ def run_all(args: argparse.Namespace, runs: Runs) -> None:
     for name in args.sets:
         for kind in args.models:
             found: dict[str, BitPlan] = {}
+            searches = [(SEARCHES[count], count, 0) for count in args.counts]
+            searches += [(f"search within 1/{within}", "packed", within) for within in args.within]
             for seed in args.seeds:
                 setting = Setting(runs, name, kind, seed)
                 quantizer = setting.quantizer(setting.model())
@@ -285,11 +294,11 @@ def run_all(args: argparse.Namespace, runs: Runs) -> None:
                         setting.measure(plan_name, PLANS[plan_name](quantizer), way)
                 for bits in args.equal_bytes:
                     setting.at_bytes_of(bits)
-                for count in args.counts:
-                    if count not in found:  # with the first seed's model; the plan then has to serve the others
-                        found[count] = setting.search(count)
+                for line, count, within in searches:
+                    if line not in found:  # with the first seed's model; the plan then has to serve the others
+                        found[line] = setting.search(count, within)
                     for way in ("as it is", "fine-tuned"):
-                        setting.measure(SEARCHES[count], found[count], way)
+                        setting.measure(line, found[line], way)
 
 
 def show(args: argparse.Namespace, runs: Runs) -> list[Table]:
@@ -335,6 +344,7 @@ def main() -> None:
     parser.add_argument(
         "--counts", nargs="*", default=["packed"], choices=list(SEARCHES), help="what a search is to save"
     )
+    parser.add_argument("--within", nargs="*", type=int, default=[], help="search within 1/N of full precision's bytes")
     parser.add_argument("--measurements", type=int, default=40, help="of the search, before it predicts")
     parser.add_argument("--rounds", type=int, default=4, help="of predicted plans")
     parser.add_argument("--per-round", type=int, default=10, help="plans that are measured in a round")
