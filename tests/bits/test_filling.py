@@ -83,16 +83,19 @@ def test_a_search_whose_bytes_never_change_goes_on() -> None:
 
 
 @pytest.mark.slow
-def test_a_search_that_fills_finds_smaller_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of formulas without noise, at equal measurements, in the mean of six."""
+@pytest.mark.parametrize("noise", [0.0, 0.005])
+def test_a_search_that_fills_loses_less_in_about_as_many_bytes(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
+    """Of formulas, at equal measurements, in the mean of six."""
 
-    def found(seed: int) -> int:
-        landscape = Landscape(seed)
+    def found(seed: int) -> tuple[int, float]:
+        landscape = Landscape(seed, noise)
         options: dict[str, Any] = {"measurements": 30, "rounds": 4, "per_round": 8, "tolerance": 0.005}
         options |= {"reference": 0.8, "seed": seed, "progress": False}
-        front = AutoBitSelector(SPACE, landscape, landscape.bytes_of, **options).run()
-        return front.smallest_within(0.005).nbytes
+        smallest = AutoBitSelector(SPACE, landscape, landscape.bytes_of, **options).run().smallest_within(0.005)
+        return smallest.nbytes, 0.8 - landscape.true(smallest.plan)
 
-    filled = np.mean([found(seed) for seed in range(6)])
+    filled = np.mean([found(seed) for seed in range(6)], axis=0)
     monkeypatch.setattr(AutoBitSelector, "_filled", lambda self, drop, trials: [])
-    assert filled < 0.98 * np.mean([found(seed) for seed in range(6)])
+    crept = np.mean([found(seed) for seed in range(6)], axis=0)
+    assert filled[0] < 1.03 * crept[0]
+    assert filled[1] < 0.9 * crept[1]
