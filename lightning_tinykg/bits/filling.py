@@ -40,6 +40,7 @@ class Filling:
     Args:
         space: the plans there are.
         bytes_of: from a choice to its bytes.
+        calls: how often it may be called to begin with, and for each fit; the more, the better they are known.
 
     Example:
         >>> space = SearchSpace({"features": (1, 2, 4, 8), "head": (1, 2, 4, 8)})
@@ -49,19 +50,24 @@ class Filling:
         [(2, 8)]
     """
 
-    def __init__(self, space: SearchSpace, bytes_of: Callable[[Choice], int]) -> None:
-        self._space = space
+    def __init__(self, space: SearchSpace, bytes_of: Callable[[Choice], int], calls: int = 2000) -> None:
+        self._space, self._prices = space, min(_PRICES, calls)
         groups = [*groups_of(space), list(range(len(space.patterns)))]
         self._members = np.array([[entry in group for entry in range(len(space.patterns))] for group in groups], float)
         self._bytes_of = bytes_of
         # of each entry alone: what it takes on top of some plans, in which what is common to all of a kind is there
         rng = np.random.default_rng(0)
-        bases = [space.draw(rng) for _ in range(_BASES)]
+        bases = [space.draw(rng) for _ in range(max(min(_BASES, calls // self.calls_of(space)), 1))]
         self._bytes: list[Floats] = [
             np.mean([[bytes_of((*b[:entry], bits, *b[entry + 1 :])) for bits in widths] for b in bases], axis=0)
             for entry, widths in enumerate(space.widths)
         ]
         self._costs: Floats = np.zeros(len(space.widths))
+
+    @staticmethod
+    def calls_of(space: SearchSpace) -> int:
+        """How often the bytes have to be asked for at the least, to begin with."""
+        return sum(len(widths) for widths in space.widths)
 
     def fit(self, choices: Sequence[Choice], accuracies: Sequence[float], reference: float, drop: float) -> None:
         """Learn from plans that were measured.
@@ -121,8 +127,13 @@ class Filling:
             )
             if not within:
                 return steps[::-1]
-            choice = min(within, key=self._bytes_of)
+            choice = min(within, key=self._alone)
             steps.append(choice)
+
+    def _alone(self, choice: Choice) -> float:
+        """The bytes of its entries, each by itself."""
+        known = zip(choice, self._space.widths, self._bytes, strict=True)
+        return float(sum(nbytes[widths.index(bits)] for bits, widths, nbytes in known))
 
     def best_within(self, budget: int, count: int, known: Collection[Choice]) -> list[Choice]:
         """The plans within some bytes that are by the fit the most accurate, none of them known.
@@ -139,7 +150,7 @@ class Filling:
         """The best plan for each price, from the narrowest to the widest."""
         costs = np.maximum(self._costs, 1e-12 * max(float(self._costs.max()), 1e-12))
         saved = max(float(np.ptp(nbytes)) for nbytes in self._bytes) or 1.0
-        prices = np.geomspace(saved * 1e-6, saved * 1e6, _PRICES) / max(float(costs.max()), 1e-12)
+        prices = np.geomspace(saved * 1e-6, saved * 1e6, self._prices) / max(float(costs.max()), 1e-12)
         plans: dict[Choice, None] = {}
         for price in prices:
             choice = []

@@ -157,7 +157,9 @@ class AutoBitSelector:
         self._measurer = Measurer(measure, repeats, workers)
         self._predictor = Predictor(space, model, seed) if rounds else None
         self._bytes: dict[Choice, int] = {}
-        self._filling = Filling(space, self._bytes_of) if rounds else None
+        # where the bytes are too dear to be asked for that often, trees alone choose
+        fills = bool(rounds) and Filling.calls_of(space) <= samples
+        self._filling = Filling(space, self._bytes_of, samples) if fills else None
         self.full_bytes = self._bytes_of(space.widest)
         self.budget = None if budget is None else Budget.parse(budget).bytes_of(self.full_bytes)
         least_bytes = self._bytes_of(tuple(widths[0] for widths in space.widths))
@@ -204,7 +206,6 @@ class AutoBitSelector:
     def _chosen(self, trials: dict[Choice, Trial], rng: np.random.Generator) -> list[Choice]:
         """The plans of a round, by prediction."""
         assert self._predictor is not None  # there are rounds
-        assert self._filling is not None
         reference = self._reference_of(trials)
         measured = [trial for trial in trials.values() if not trial.failed]
         bound = None
@@ -220,23 +221,24 @@ class AutoBitSelector:
         self._predictor.fit(list(trials), accuracies, reference, drop)
         parents = parents_of(trials, bound, self.budget)
         choices = candidates(self.space, self.samples, trials, parents, rng)
-        self._filling.fit(list(trials), accuracies, reference, drop)
-        filled = self._filled(drop, trials)
+        filled: list[Choice] = []
+        if self._filling is not None:
+            self._filling.fit(list(trials), accuracies, reference, drop)
+            filled = self._filled(self._filling, drop, trials)
         choices = [choice for choice in choices if choice not in filled]
         nbytes = np.array([self._bytes_of(choice) for choice in choices], dtype=np.float64)
         rest = self.per_round - len(filled)
         return filled + best_predicted(self._predictor, choices, nbytes, rest, bound, self.budget)
 
-    def _filled(self, drop: float, trials: dict[Choice, Trial]) -> list[Choice]:
+    def _filled(self, filling: Filling, drop: float, trials: dict[Choice, Trial]) -> list[Choice]:
         """Half of the plans of a round: those that are best if costs add up, some of them more daring than others."""
-        assert self._filling is not None
         count = (self.per_round + 1) // 2
         if self.budget is not None:
-            return self._filling.best_within(self.budget, (count + 1) // 2, trials)
+            return filling.best_within(self.budget, (count + 1) // 2, trials)
         # a tolerance of 0 is that of a hundredth of what there is to tell apart
         accuracies = [trial.accuracy for trial in trials.values() if not trial.failed]
         least = max(drop, 0.01 * (max(accuracies) - min(accuracies)), 1e-12)
-        return self._filling.smallest(list(np.geomspace(least / 2, 2 * least, count)), trials)
+        return filling.smallest(list(np.geomspace(least / 2, 2 * least, count)), trials)
 
     def _measured(self, choices: list[Choice], advance: Callable[[], None]) -> Iterator[tuple[Choice, Trial]]:
         """The trials of some choices, in their order, though with workers they come in any."""

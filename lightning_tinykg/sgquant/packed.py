@@ -224,7 +224,8 @@ class PackedFeatures(torch.Tensor):
             slots = torch.arange(*slots.indices(self.size(0)), device=self.device)
         starts = self.shares.starts
         # of receivers without an edge, which begin where the next does, it is the next that is found
-        return starts.diff()[torch.searchsorted(starts, slots, right=True) - 1].float()
+        after = torch.searchsorted(starts, slots, right=True)
+        return (starts[after] - starts[after - 1]).float()
 
     def _is_share(self, number: int) -> bool:
         return self.shares is not None and self.shares.parts[number]

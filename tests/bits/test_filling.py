@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_search import SPACE, Landscape
 
+from lightning_tinykg.bits import BitPlan
 from lightning_tinykg.bits.filling import Filling
 from lightning_tinykg.bits.search import AutoBitSelector
 from lightning_tinykg.bits.space import Choice, SearchSpace
@@ -82,6 +83,24 @@ def test_a_search_whose_bytes_never_change_goes_on() -> None:
     assert filling.smallest([0.01], known=())
 
 
+def test_a_search_asks_for_bytes_no_more_often_than_it_may() -> None:
+    """Where they are those of a forward, few samples are allowed."""
+    asked: list[BitPlan] = []
+
+    def bytes_of_plan(plan: BitPlan) -> int:
+        asked.append(plan)
+        return 1000
+
+    def found(samples: int) -> int:
+        asked.clear()
+        options: dict[str, Any] = {"measurements": 8, "rounds": 2, "per_round": 4, "progress": False}
+        AutoBitSelector(SMALL, lambda plan: 0.5, bytes_of_plan, samples=samples, **options).run()
+        return len(asked)
+
+    assert found(samples=10) < 8 + 2 * (4 + 10) + 10
+    assert found(samples=40) < 8 + 2 * (4 + 3 * 40) + 40
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 0.005])
 def test_a_search_that_fills_loses_less_in_about_as_many_bytes(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
@@ -95,7 +114,7 @@ def test_a_search_that_fills_loses_less_in_about_as_many_bytes(monkeypatch: pyte
         return smallest.nbytes, 0.8 - landscape.true(smallest.plan)
 
     filled = np.mean([found(seed) for seed in range(6)], axis=0)
-    monkeypatch.setattr(AutoBitSelector, "_filled", lambda self, drop, trials: [])
+    monkeypatch.setattr(AutoBitSelector, "_filled", lambda self, filling, drop, trials: [])
     crept = np.mean([found(seed) for seed in range(6)], axis=0)
     assert filled[0] < 1.03 * crept[0]
     assert filled[1] < 0.9 * crept[1]
