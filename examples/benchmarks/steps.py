@@ -117,7 +117,7 @@ class KGATOnce(KGAT):
 
     def forward(self) -> Tensor:
         weight = self.attention(self.nodes)
-        self.attention = lambda x: weight  # type: ignore[method-assign]
+        self.attention = lambda x: weight  # type: ignore[method-assign]  # hides the class's until it is deleted
         try:
             return super().forward()
         finally:
@@ -340,7 +340,7 @@ def kgat_package(graph: Graph, dim: int, layers: int) -> Step:
     model.set_graph(data)
     user, positive, negative = graph.triples
     batch = BPRBatch(user % users, positive % items, negative % items)
-    return Step(model, lambda: model.training_step(batch, 0))  # type: ignore[arg-type, return-value]
+    return Step(model, lambda: model.training_step(batch, 0))  # type: ignore[arg-type, return-value]  # a tensor
 
 
 def gat(graph: Graph, dim: int, layers: int) -> Step:

@@ -67,7 +67,7 @@ def main() -> None:
         for batch in data.train_dataloader():
             first.setdefault(type(batch).__name__, batch)
         for kind, batch in first.items():
-            step = Step(model, partial(model.training_step, batch, 0))  # type: ignore[arg-type]
+            step = Step(model, partial(model.training_step, batch, 0))  # type: ignore[arg-type]  # of ours it is a tensor
             exact, _ = step.gradient()
             for bits in args.bits:
                 cells = []

@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from lightning_tinykg.bits.predicting import Floats, groups_of
+from lightning_tinykg.bits.predicting import Floats, drop_that_matters, groups_of
 from lightning_tinykg.bits.space import Choice, SearchSpace
 
 __all__ = ["Filling"]
@@ -82,7 +82,7 @@ class Filling:
 
         errors = _errors(choices)
         below = reference - np.asarray(accuracies, dtype=np.float64)
-        weight = 1 / (np.maximum(below, 0.0) + max(drop, 0.01 * float(np.ptp(below)), 1e-12))
+        weight = 1 / (np.maximum(below, 0.0) + drop_that_matters(drop, accuracies))
         columns = np.column_stack([errors, errors @ self._members.T]) * weight[:, None]
         ridge = np.sqrt(_RIDGE * np.square(columns).sum(axis=0).mean()) * np.eye(columns.shape[1])
         target = np.concatenate([below * weight, np.zeros(len(ridge))])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lightning_tinykg.bits.space import Choice, SearchSpace
 
-__all__ = ["Model", "ModelMissing", "Predictor", "groups_of"]
+__all__ = ["Model", "ModelMissing", "Predictor", "drop_that_matters", "groups_of"]
 
 Model = Literal["forest", "tree"]
 Floats = NDArray[np.float64]
@@ -77,8 +77,7 @@ class Predictor:
             drop: how far below it matters.
         """
         self._reference = reference
-        # no less than a hundredth of what there is to tell apart: a tolerance of 0 is one too
-        self._drop = max(drop, 0.01 * float(np.ptp(accuracies)), 1e-12)
+        self._drop = drop_that_matters(drop, accuracies)
         self._model.fit(self._features(choices), self.score(np.asarray(accuracies, dtype=np.float64)))
 
     def score(self, accuracies: Floats | float) -> Floats:
@@ -94,6 +93,16 @@ class Predictor:
         exact = -np.exp2(-np.asarray(choices, dtype=np.float64))
         means = [exact[:, group].mean(axis=1) for group in self._groups]
         return np.column_stack([exact, *means, exact.mean(axis=1), exact.min(axis=1)])
+
+
+def drop_that_matters(drop: float, accuracies: Sequence[float]) -> float:
+    """No less than a hundredth of what there is to tell apart: a tolerance of 0 is one too.
+
+    Example:
+        >>> drop_that_matters(0.0, [0.5, 0.75])
+        0.0025
+    """
+    return max(drop, 0.01 * float(np.ptp(accuracies)), 1e-12)
 
 
 def groups_of(space: SearchSpace) -> list[list[int]]:

@@ -34,7 +34,7 @@ from lightning_tinykg.bits.filling import Filling
 from lightning_tinykg.bits.front import Front, Trial, allowed_drop
 from lightning_tinykg.bits.measuring import Measure, Measurer, TrialFile
 from lightning_tinykg.bits.plan import BitPlan
-from lightning_tinykg.bits.predicting import Model, Predictor
+from lightning_tinykg.bits.predicting import Model, Predictor, drop_that_matters
 from lightning_tinykg.bits.proposing import best_predicted, candidates, parents_of, random_choices
 from lightning_tinykg.bits.space import Choice, SearchSpace
 
@@ -224,7 +224,7 @@ class AutoBitSelector:
         filled: list[Choice] = []
         if self._filling is not None:
             self._filling.fit(list(trials), accuracies, reference, drop)
-            filled = self._filled(self._filling, drop, trials)
+            filled = self._filled(self._filling, drop_that_matters(drop, accuracies), trials)
         choices = [choice for choice in choices if choice not in filled]
         nbytes = np.array([self._bytes_of(choice) for choice in choices], dtype=np.float64)
         rest = self.per_round - len(filled)
@@ -235,10 +235,7 @@ class AutoBitSelector:
         count = (self.per_round + 1) // 2
         if self.budget is not None:
             return filling.best_within(self.budget, (count + 1) // 2, trials)
-        # a tolerance of 0 is that of a hundredth of what there is to tell apart
-        accuracies = [trial.accuracy for trial in trials.values() if not trial.failed]
-        least = max(drop, 0.01 * (max(accuracies) - min(accuracies)), 1e-12)
-        return filling.smallest(list(np.geomspace(least / 2, 2 * least, count)), trials)
+        return filling.smallest(list(np.geomspace(drop / 2, 2 * drop, count)), trials)
 
     def _measured(self, choices: list[Choice], advance: Callable[[], None]) -> Iterator[tuple[Choice, Trial]]:
         """The trials of some choices, in their order, though with workers they come in any."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_tinykg.codecs.rows import PackedRows
 from lightning_tinykg.sgquant.order import RowOrder
-from lightning_tinykg.sgquant.packed import PackedFeatures, Shares
+from lightning_tinykg.sgquant.packed import PackedFeatures
+from lightning_tinykg.sgquant.shares import Shares
 
 __all__ = [
     "PackedFileError",

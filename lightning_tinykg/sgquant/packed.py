@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,20 +14,9 @@ from lightning_tinykg.codecs.rows import PackedRows, row_chunks
 from lightning_tinykg.sgquant.order import RowOrder
 from lightning_tinykg.sgquant.quantize import Level
 from lightning_tinykg.sgquant.runs import RunWriter
+from lightning_tinykg.sgquant.shares import Shares
 
-__all__ = ["PackedFeatures", "Shares"]
-
-
-class Shares(NamedTuple):
-    """Which edges' values are stored as multiples of an even share, and what an even share is.
-
-    Attributes:
-        starts: int64 `[receivers + 1]`, at which slot the edges of each receiver begin. It is the graph's, not counted.
-        parts: Of each part, whether it is stored so.
-    """
-
-    starts: Tensor
-    parts: tuple[bool, ...]
+__all__ = ["PackedFeatures"]
 
 
 class PackedFeatures(torch.Tensor):
@@ -172,9 +161,10 @@ class PackedFeatures(torch.Tensor):
         """Encode the rows that are stored in these slots; as `store`."""
         if self.run > 1:
             raise ValueError(f"rows in runs of {self.run} must be filled by a RunWriter, in order")
-        flat, degree = x.reshape(x.size(0), self.parts[0].dim), self.degrees(slots)
+        flat, divisor = x.reshape(x.size(0), self.parts[0].dim), self.divisors(slots)
+        flat = flat if divisor is None else flat * divisor
         for number, which, own in self.slots_by_part(slots):
-            own_rows = self.multiples(number, which, flat if which is None else flat[which], degree)
+            own_rows = flat if which is None else flat[which]
             scales = levels[number].scale_and_zero(own_rows.float()) if levels[number].per_row else (None, None)
             self.parts[number].put(own, own_rows, *scales)
 
@@ -198,11 +188,9 @@ class PackedFeatures(torch.Tensor):
         elif self.run > 1:
             return self.decode_slots(slice(None)).index_select(0, slots)
         count = slots.numel() if isinstance(slots, Tensor) else max(slots.stop - slots.start, 0)
-        out, degree = torch.empty(count, prod(self.row_shape), device=self.device), self.degrees(slots)
+        out = torch.empty(count, prod(self.row_shape), device=self.device)
         for number, which, own in self.slots_by_part(slots):
             part = self.parts[number]
-            if degree is not None and not self._is_share(number):
-                degree[slice(None) if which is None else which] = 1
             if self.run > 1 and isinstance(own, slice):
                 first = own.start // self.run
                 values = part.decode(slice(first, -(-own.stop // self.run))).view(-1, out.size(1))
@@ -212,36 +200,26 @@ class PackedFeatures(torch.Tensor):
                 part.decode(own, out if which is None else out[which])
             else:
                 out[which] = part.decode(own)
-        if degree is not None:
-            out.div_(degree[:, None])
+        if (divisor := self.divisors(slots)) is not None:
+            out.div_(divisor)
         return out.view(count, *self.row_shape)
 
-    def degrees(self, slots: Tensor | slice) -> Tensor | None:
-        """The degree of the receiver of the edge in each slot, float32 `[k]`; `None`: rows are no shares."""
+    def divisors(self, slots: Tensor | slice) -> Tensor | None:
+        """What is read in each slot is divided by, and what is stored multiplied: float32 `[k, 1]`; `None`: by nothing.
+
+        Of shares the degree of the edge's receiver, of other rows 1, which changes no bit.
+        """
         if self.shares is None:
             return None
         if isinstance(slots, slice):
-            slots = torch.arange(*slots.indices(self.size(0)), device=self.device)
-        starts = self.shares.starts
-        # of receivers without an edge, which begin where the next does, it is the next that is found
-        after = torch.searchsorted(starts, slots, right=True)
-        return (starts[after] - starts[after - 1]).float()
-
-    def _is_share(self, number: int) -> bool:
-        return self.shares is not None and self.shares.parts[number]
-
-    def multiples(self, number: int, which: Tensor | slice | None, rows: Tensor, degree: Tensor | None) -> Tensor:
-        """What of some rows is stored: multiples of an even share, if they are of edges that are stored so.
-
-        Args:
-            number: Of their part.
-            which: Which of `degree` are theirs; `None`: all.
-            rows: Float `[k, d]`.
-            degree: Of each edge's receiver, or `None`.
-        """
-        if degree is None or not self._is_share(number):
-            return rows
-        return rows * (degree if which is None else degree[which])[:, None]
+            slots = slice(*slots.indices(self.size(0)))
+            divisor = self.shares.degrees(torch.arange(slots.start, slots.stop, device=self.device))
+        else:
+            divisor = self.shares.degrees(slots)
+        for number, which, _ in self.slots_by_part(slots):
+            if not self.shares.parts[number]:
+                divisor[slice(None) if which is None else which] = 1
+        return divisor[:, None]
 
     def slots_by_part(self, slots: Tensor | slice) -> Iterator[tuple[int, Tensor | slice | None, Tensor | slice]]:
         """Cut slots by part: its number, which of them are its (`None`: all), and which of its own slots these are."""
@@ -269,7 +247,7 @@ class PackedFeatures(torch.Tensor):
     def parts_to(self, device: torch.device | str) -> PackedFeatures:
         """The same codes on a device."""
         order = self.order.to(device) if self.order is not None else None
-        shares = self.shares._replace(starts=self.shares.starts.to(device)) if self.shares is not None else None
+        shares = self.shares.to(device) if self.shares is not None else None
         parts = [part.to(device) for part in self.parts]
         return PackedFeatures(parts, order, self.row_shape, self.run, self.size(0), shares)
 

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from lightning_tinykg.codecs.uniform import affine, code_units, nearest_codes, spread
 from lightning_tinykg.sgquant.ranges import range_of_rows, scale_of
 
-__all__ = ["Level", "fake_quantize", "receiver_degrees"]
+__all__ = ["Level", "fake_quantize"]
 
 
 class Level(NamedTuple):
@@ -70,24 +70,6 @@ class Level(NamedTuple):
 def _constant(end: float | tuple[float, ...], device: torch.device) -> Tensor:
     """An end of a range, float32 `[1]`, or of each channel's, `[1, d]`: copied to a device once, which waits for it."""
     return torch.tensor([end], dtype=torch.float32).to(device)
-
-
-def receiver_degrees(receivers: Tensor, rows: int) -> Tensor:
-    """The degree of each edge's receiver: how many edges arrive there.
-
-    Args:
-        receivers: int64 `[E]`, at which node each edge arrives.
-        rows: How many nodes there are.
-
-    Returns:
-        Float32 `[E]`.
-
-    Example:
-        >>> receiver_degrees(torch.tensor([0, 2, 2]), rows=3)
-        tensor([1., 2., 2.])
-    """
-    ones = torch.ones(receivers.numel(), device=receivers.device)
-    return torch.zeros(rows, device=receivers.device).index_add_(0, receivers, ones).index_select(0, receivers)
 
 
 def fake_quantize(

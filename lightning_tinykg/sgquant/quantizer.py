@@ -16,9 +16,10 @@ from lightning_tinykg.sgquant.granularity import DegreeBuckets
 from lightning_tinykg.sgquant.graphs import Graph, Graphs
 from lightning_tinykg.sgquant.places import Granularity, Places
 from lightning_tinykg.sgquant.protecting import check_protect, protected_nodes
-from lightning_tinykg.sgquant.quantize import fake_quantize, receiver_degrees
+from lightning_tinykg.sgquant.quantize import fake_quantize
 from lightning_tinykg.sgquant.ranges import Range
 from lightning_tinykg.sgquant.repeats import Repeats
+from lightning_tinykg.sgquant.shares import receiver_degrees
 from lightning_tinykg.sgquant.sites import Observer, Site
 from lightning_tinykg.sgquant.substitutes import dropped_from, shadow_parameter, unshadow
 from lightning_tinykg.sgquant.wiring import Meeting, Spot, Wiring

@@ -60,10 +60,11 @@ class RunWriter:
         flat = x.reshape(x.size(0), packed.parts[0].dim // run)
         counts = packed.order.counts if packed.order is not None else (packed.size(0),)
         slots = slice(self._slot, self._slot + x.size(0))
-        degree = packed.degrees(slots)
+        divisor = packed.divisors(slots)
+        flat = flat if divisor is None else flat * divisor
         for number, which, own in packed.slots_by_part(slots):
             assert isinstance(own, slice)
-            rows = packed.multiples(number, which, flat if which is None else flat[which], degree)
+            rows = flat if which is None else flat[which]
             rows = rows if self._rest is None else torch.cat([self._rest, rows])
             first, is_last = own.stop - rows.size(0), own.stop == counts[number]
             if is_last and rows.size(0) % run:

@@ -14,8 +14,9 @@ from torch_geometric.nn import MessagePassing
 
 from lightning_tinykg.sgquant.granularity import WIDTHS
 from lightning_tinykg.sgquant.graphs import Graph
-from lightning_tinykg.sgquant.quantize import Level, fake_quantize, receiver_degrees
+from lightning_tinykg.sgquant.quantize import Level, fake_quantize
 from lightning_tinykg.sgquant.ranges import Observed
+from lightning_tinykg.sgquant.shares import receiver_degrees
 from lightning_tinykg.sgquant.wiring import Meeting, Spot
 
 __all__ = ["Observer", "Site"]

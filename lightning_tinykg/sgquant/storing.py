@@ -15,9 +15,10 @@ from lightning_tinykg.sgquant.blocks import Storage
 from lightning_tinykg.sgquant.graphs import Graph, Graphs
 from lightning_tinykg.sgquant.order import RowOrder
 from lightning_tinykg.sgquant.packed import PackedFeatures
-from lightning_tinykg.sgquant.quantize import Level, fake_quantize, receiver_degrees
+from lightning_tinykg.sgquant.quantize import Level, fake_quantize
 from lightning_tinykg.sgquant.receivers import Block, EdgesByReceiver
 from lightning_tinykg.sgquant.runs import run_of
+from lightning_tinykg.sgquant.shares import receiver_degrees
 from lightning_tinykg.sgquant.wiring import Meeting, Spot, Wiring, layers_of
 
 __all__ = ["PackedSite", "Packing"]

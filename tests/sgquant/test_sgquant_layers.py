@@ -13,7 +13,8 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
 from lightning_tinykg import BitPlan
 from lightning_tinykg.sgquant import SGQuantizer, componentwise, topologywise
-from lightning_tinykg.sgquant.quantize import Level, fake_quantize, receiver_degrees
+from lightning_tinykg.sgquant.quantize import Level, fake_quantize
+from lightning_tinykg.sgquant.shares import receiver_degrees
 from lightning_tinykg.sgquant.wiring import Spot
 
 

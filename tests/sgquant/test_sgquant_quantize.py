@@ -18,7 +18,8 @@ from lightning_tinykg.sgquant.granularity import (
     uniform,
 )
 from lightning_tinykg.sgquant.protecting import check_protect, protected_nodes, protection
-from lightning_tinykg.sgquant.quantize import Level, fake_quantize, receiver_degrees
+from lightning_tinykg.sgquant.quantize import Level, fake_quantize
+from lightning_tinykg.sgquant.shares import receiver_degrees
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 

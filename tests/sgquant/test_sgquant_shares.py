@@ -1,6 +1,7 @@
 """Coefficients as multiples of an even share, and ranges by channel: when, how exactly, and in how many bytes."""
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from torch_geometric import nn as pyg
 from torch_geometric.utils import softmax
 
 from lightning_tinykg.sgquant import SGQuantizer, componentwise, sites, topologywise
-from lightning_tinykg.sgquant.files import load_features, save_features
+from lightning_tinykg.sgquant.files import _checksum, load_features, save_features
 from lightning_tinykg.sgquant.model import PackedModel
 from lightning_tinykg.sgquant.order import RowOrder
 from lightning_tinykg.sgquant.packed import PackedFeatures
-from lightning_tinykg.sgquant.quantize import Level, fake_quantize, receiver_degrees
+from lightning_tinykg.sgquant.quantize import Level, fake_quantize
 from lightning_tinykg.sgquant.receivers import EdgesByReceiver
 from lightning_tinykg.sgquant.runs import run_of
+from lightning_tinykg.sgquant.shares import receiver_degrees
 from lightning_tinykg.sgquant.sites import Site
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -233,6 +235,23 @@ def test_a_model_is_saved_with_its_channels_and_shares(granularity: Any, tmp_pat
     packed.save(tmp_path)
     loaded = PackedModel.load(tmp_path, gat())
     assert loaded._packing.sites == packed._packing.sites
+    assert torch.equal(loaded(*graph()) + 0, packed(*graph()) + 0)
+
+
+def test_a_model_in_the_first_version_of_the_format_is_read(tmp_path: Path) -> None:
+    """Whose levels had three items, and whose tables knew no shares."""
+    quantizer = calibrated(networks()["LightGCN"]().eval(), topologywise([8, 32, 3, 1]), granularity="tensor")
+    packed = PackedModel.from_quantizer(quantizer)
+    packed.save(tmp_path)
+    card = json.loads((tmp_path / "card.json").read_text())
+    del card["checksum"]
+    card["version"] = 1
+    for site in card["sites"]:
+        site["levels"] = [level[:3] for level in site["levels"]]
+    for table in card["tables"].values():
+        del table["shares"]
+    (tmp_path / "card.json").write_text(json.dumps({**card, "checksum": _checksum(card)}))
+    loaded = PackedModel.load(tmp_path, networks()["LightGCN"]())
     assert torch.equal(loaded(*graph()) + 0, packed(*graph()) + 0)
 
 
