@@ -134,23 +134,26 @@ class Setting:
     def __init__(self, runs: Runs, name: str, kind: str, seed: int) -> None:
         self.runs, self.args, self.name, self.kind, self.seed = runs, runs.args, name, kind, seed
         self.key = {"set": name, "model": kind, "seed": seed}
-        self.data: Data = load(self.args.data, name, seed)
+        self.data: Data = load(self.args.data, name, seed).to(self.args.device)
         self.options = settings(kind, name)
         self.path = self.args.out / f"{name}-{kind}-{seed}.pt"
         self.full = runs.once(self.key | {"plan": "float32", "way": "trained"}, self._train)
         self.teacher = probabilities(self.model(), self.data)
 
     def _train(self) -> dict[str, Any]:
-        model = create(self.kind, self.data, self.seed, self.name)
+        model = self._fresh()
         fitted = fit(model, self.data, **self.options)
         torch.save(model.state_dict(), self.path)
         test, _ = evaluate(model, self.data, self.data.test_mask)
         return {"val": fitted.val, "test": test, "epochs": fitted.epochs} | self._memory(self.quantizer(model), 32)
 
+    def _fresh(self) -> nn.Module:
+        return create(self.kind, self.data, self.seed, self.name).to(self.args.device)
+
     def model(self) -> nn.Module:
         """The trained model."""
-        model = create(self.kind, self.data, self.seed, self.name)
-        model.load_state_dict(torch.load(self.path, weights_only=True))
+        model = self._fresh()
+        model.load_state_dict(torch.load(self.path, map_location=self.args.device, weights_only=True))
         return model
 
     def quantizer(self, model: nn.Module) -> SGQuantizer:
@@ -350,6 +353,7 @@ def main() -> None:
     parser.add_argument("--per-round", type=int, default=10, help="plans that are measured in a round")
     parser.add_argument("--tolerance", type=float, default=0.0, help="accuracy that may be lost on validation nodes")
     parser.add_argument("--equal-bytes", nargs="*", type=int, default=[2, 1], help="widths to beat at their own bytes")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="such as cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/sgquant"))
     args = parser.parse_args()
     console = Console()
