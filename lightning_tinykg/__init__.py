@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         StepAnneal,
         WarmupThen,
     )
+    from lightning_tinykg.bits.expected import ExpectedAccuracy
     from lightning_tinykg.bits.search import AutoBitSelector, random_search
     from lightning_tinykg.bits.space import SearchSpace
     from lightning_tinykg.callback import TinyKGCallback
@@ -46,6 +47,7 @@ __all__ = [
     "CTRDataModule",
     "ConstantBits",
     "CosineAnneal",
+    "ExpectedAccuracy",
     "KGRecDataModule",
     "Ledger",
     "LightGCN",
@@ -70,6 +72,7 @@ __all__ = [
 _HOMES = {
     "activations": ("Ledger", "compress_activations", "keep_exact"),
     "bits": ("BitPlan", "ConstantBits", "CosineAnneal", "LinearAnneal", "Schedule", "StepAnneal", "WarmupThen"),
+    "bits.expected": ("ExpectedAccuracy",),
     "bits.search": ("AutoBitSelector", "random_search"),
     "bits.space": ("SearchSpace",),
     "callback": ("TinyKGCallback",),

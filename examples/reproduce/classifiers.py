@@ -16,6 +16,8 @@ from torch_geometric.datasets import Amazon, Planetoid
 from torch_geometric.nn import AGNNConv, GATConv, GCNConv
 from torch_geometric.transforms import RandomNodeSplit
 
+from lightning_tinykg import ExpectedAccuracy
+
 SETS = {"cora": "planetoid/Cora", "citeseer": "planetoid/CiteSeer", "computers": "amazon/Computers"}
 
 
@@ -116,47 +118,28 @@ def create(kind: str, data: Data, seed: int, name: str) -> nn.Module:
 class Teacher:
     """What a full-precision model says of all nodes: what fine-tuning learns, and what plans are judged by.
 
-    A few hundred validation nodes can't tell two plans apart that differ by half a point, and the best of a hundred
-    plans on them is the luckiest. The model's own probabilities of all nodes can, and ask for no label: the accuracy to
-    be expected is the mean probability of the classes that a quantized model predicts. What the probabilities are
-    worth, a temperature says, which is fitted to the validation nodes (Guo et al., ICML 2017, arXiv 1706.04599): a GNN
-    of few labels is right far more often than it says.
-
     Args:
         model: the full-precision model.
-        data: with masks.
+        data: with masks; the labels of its validation nodes are used.
 
     Attributes:
-        temperature: what logits are divided by.
-        probabilities: of each class at each node, at that temperature, `[N, classes]`.
-        expected: the accuracy to be expected of itself, 0 to 1.
+        expected: the accuracy to be expected of logits at all nodes, by what the model believes.
     """
 
-    @torch.no_grad()
     def __init__(self, model: nn.Module, data: Data) -> None:
-        model.eval()
-        logits = model(data.x, data.edge_index)
-        known, classes = logits[data.val_mask], data.y[data.val_mask]
-        temperatures = torch.logspace(-1.5, 1.5, 301, device=logits.device)
-        losses = torch.stack([F.cross_entropy(known / temperature, classes) for temperature in temperatures])
-        self.temperature = float(temperatures[losses.argmin()])
-        self.probabilities: Tensor = (logits / self.temperature).softmax(dim=-1)
-        self.expected = self.of(logits)
+        self.expected = ExpectedAccuracy(_logits(model, data), data.y, data.val_mask)
 
-    def of(self, logits: Tensor) -> float:
-        """The accuracy to be expected of a model with these logits `[N, classes]` at all nodes."""
-        return float(self.probabilities.gather(1, logits.argmax(dim=-1, keepdim=True)).mean())
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """How far logits `[N, classes]` are from what is to be learned: the cross entropy."""
-        return F.cross_entropy(logits / self.temperature, self.probabilities)
-
-    @torch.no_grad()
     def judge(self, model: nn.Module, data: Data) -> tuple[float, float]:
-        """The accuracy to be expected of a model, and its loss."""
-        model.eval()
-        logits = model(data.x, data.edge_index)
-        return self.of(logits), float(self.loss(logits))
+        """The accuracy to be expected of a model, 0 to 1, and its loss."""
+        logits = _logits(model, data)
+        return self.expected(logits), float(self.expected.loss(logits))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, data: Data) -> Tensor:
+    model.eval()
+    logits: Tensor = model(data.x, data.edge_index)
+    return logits
 
 
 @dataclass
@@ -225,7 +208,7 @@ def fit(
         if teacher is None:
             loss = F.cross_entropy(logits[data.train_mask], data.y[data.train_mask])
         else:
-            loss = teacher.loss(logits)
+            loss = teacher.expected.loss(logits)
         loss.backward()
         optimizer.step()
         if teacher is not None:  # few epochs have to end somewhere

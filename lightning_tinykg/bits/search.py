@@ -8,7 +8,8 @@ among many: they are the smallest that there can be if what each entry costs add
 It asks for two functions and knows nothing else of what is quantized, so it serves plans of any kind:
 
 - SGQuant: the patterns are ``quantizer.places()``; ``measure`` evaluates under ``quantizer.set_plan(plan)``;
-  ``bytes_of`` is ``quantizer.memory(plan).packed_bytes``.
+  ``bytes_of`` is ``quantizer.memory(plan).packed_bytes``. Where validation labels are few,
+  :class:`~lightning_tinykg.bits.expected.ExpectedAccuracy` tells plans apart that they can't.
 - TinyKG: the patterns are modules; ``measure`` is minus the error of the gradient of a step, or what a short training
   reaches on validation data, under ``compress_activations(bits=plan)``; ``bytes_of`` is the ``ledger.stored_bytes`` of
   one forward under it. That does run the model, so ``samples`` should be few.
