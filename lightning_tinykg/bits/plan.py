@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,11 +67,16 @@ class PlanEntry:
 
     def matches(self, place: Place) -> bool:
         """Whether a place is meant: its layer or one that holds it, its component and its topology all match."""
-        return (
-            any(fnmatchcase(layer, self.layer) for layer in _and_all_around(place.layer))
-            and fnmatchcase(place.component, self.component)
-            and fnmatchcase(place.topology, self.topology)
-        )
+        return _matches(self.layer, self.component, self.topology, place)
+
+
+@lru_cache(maxsize=1 << 16)  # a search makes thousands of plans, of the same patterns
+def _matches(layer: str, component: str, topology: str, place: Place) -> bool:
+    return (
+        any(fnmatchcase(around, layer) for around in _and_all_around(place.layer))
+        and fnmatchcase(place.component, component)
+        and fnmatchcase(place.topology, topology)
+    )
 
 
 class BitPlan:

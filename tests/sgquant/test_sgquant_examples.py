@@ -39,7 +39,7 @@ def test_reproduction_resumes_and_refuses_to_mix_settings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def call(epochs: int, *options: str) -> list[dict[str, Any]]:
-        size = ("--data", "synthetic:1000", "--epochs", "2", "--tuning-epochs", str(epochs), "--models", "lightgcn")
+        size = ("--data", "synthetic:500", "--epochs", "2", "--tuning-epochs", str(epochs), "--models", "lightgcn")
         search = ("--bits", "2", "--measurements", "6", "--rounds", "1", "--per-round", "2")
         run(monkeypatch, "reproduce/sgquant_recommenders.py", *size, *search, *options, "--out", str(tmp_path))
         return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
