@@ -191,9 +191,8 @@ class Setting:
                     self.tune(model, self.args.epochs)
                 expected, _ = self.teacher.judge(model, self.data)
                 test, _ = evaluate(model, self.data, self.data.test_mask)
-            return (
-                {"expected": expected, "test": test, "entries": plan.to_dict()} | self._memory(quantizer, plan) | more
-            )
+            row = {"expected": expected, "test": test, "entries": plan.to_dict()}
+            return row | self._memory(quantizer, plan) | more
 
         self.runs.once(self.key | {"plan": name, "way": way}, run)
 
@@ -278,10 +277,8 @@ class Setting:
                 quantizer.set_plan(found.plan)
                 with quantizer:
                     test, _ = evaluate(model, self.data, self.data.test_mask)
-                plan = found.plan
-                return {"expected": found.accuracy, "test": test, "entries": plan.to_dict()} | self._memory(
-                    quantizer, plan
-                )
+                row = {"expected": found.accuracy, "test": test, "entries": found.plan.to_dict()}
+                return row | self._memory(quantizer, found.plan)
 
             self.runs.once(self.key | {"plan": f"at the bytes of {bits} bits", "way": way}, run)
 
