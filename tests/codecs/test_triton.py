@@ -92,9 +92,13 @@ on_device = pytest.mark.parametrize(
 compiled = pytest.mark.skipif(INTERPRETED, reason="compiled by the process that started this one")
 
 
+OF_OTHER_DTYPES = "dtype1 or dtype2 or dtype3 or metadata1"
+
+
 @compiled
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "not gpu", __file__]
+@pytest.mark.parametrize("chosen", [f"not ({OF_OTHER_DTYPES})", pytest.param(OF_OTHER_DTYPES, marks=pytest.mark.slow)])
+def test_in_the_interpreter(chosen: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "not gpu", "-k", chosen, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     # a worker of pytest-xdist tells its children that they are workers
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
