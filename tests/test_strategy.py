@@ -111,12 +111,12 @@ LIGHTNING, OURS = "import lightning as L", "import lightning_tinykg"
 @pytest.mark.parametrize(
     "imports",
     [
-        [OURS, LIGHTNING],
         [LIGHTNING, OURS],
         [OURS, "from lightning.pytorch import Trainer", LIGHTNING],
-        ["from lightning_tinykg import TinyKGCallback", LIGHTNING],
         ["from lightning_tinykg.strategy import TinyKGStrategy", LIGHTNING],
-        ["import lightning_tinykg.callback", LIGHTNING],
+        pytest.param(["from lightning_tinykg import TinyKGCallback", LIGHTNING], marks=pytest.mark.slow),
+        pytest.param(["import lightning_tinykg.callback", LIGHTNING], marks=pytest.mark.slow),
+        pytest.param([OURS, LIGHTNING], marks=pytest.mark.slow),
     ],
     ids=" then ".join,
 )
