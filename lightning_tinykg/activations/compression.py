@@ -18,6 +18,7 @@ from lightning_tinykg.activations.ledger import Ledger
 from lightning_tinykg.activations.modules import ModuleTracker, Pattern, check_modules, unmatched
 from lightning_tinykg.activations.observer import THREAD, Observer
 from lightning_tinykg.activations.planning import Planner
+from lightning_tinykg.activations.widths import NO_STEP, StepSize
 from lightning_tinykg.bits.budget import Budget
 from lightning_tinykg.bits.plan import BitPlan, bits_now
 from lightning_tinykg.bits.schedule import WIDTHS, Schedule, check_bits
@@ -143,6 +144,8 @@ class compress_activations:
         self.root = root
         self.step = 0
         """How often it has been entered; each step has its own noise."""
+        self.largest_step = NO_STEP
+        """The largest step so far, beside which it is judged what is small."""
         self.rank: int | None = None
         """Which process this is, each of which has its own noise. None: the rank in torch.distributed, if that runs."""
         self._entries: dict[int, list[tuple[Observer, ExitStack]]] = {}  # by thread
@@ -189,6 +192,7 @@ class compress_activations:
             recompute=self.recompute,
             key=make_key(self.seed, rank, self.step),
             ledger=ledger,
+            largest_step=self.largest_step,
         )
         if self.planner is not None and self.planner.is_due:
             keeper.forms.rounded = {}
@@ -221,6 +225,8 @@ class compress_activations:
         THREAD.observers.remove(observer)
         outermost = observer.tracker.outermost
         stack.__exit__(exc_type, exc, traceback)
+        if exc is None:
+            self.largest_step = max(self.largest_step, observer.keeper.widths.step)
         if self.planner is not None and exc is None:
             if observer.keeper.forms.rounded is not None:
                 self._unplanned = (observer.keeper, observer.keeper.ledger)
@@ -290,17 +296,18 @@ class compress_activations:
         observer.tracker.hold(values)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of a training loop needs to hold, in plain primitives: the counters.
+        """What a checkpoint of a training loop needs to hold, in plain primitives.
 
         Example:
             >>> context = compress_activations(bits=2)
             >>> with context:
             ...     pass
             >>> context.state_dict()
-            {'step': 1, 'epoch': 0}
+            {'step': 1, 'epoch': 0, 'largest_step': [0, 0]}
         """
         counters = {"step": self.step, "epoch": self.epoch, "optimizer_steps": self.optimizer_steps}
         state: dict[str, Any] = {name: count for name, count in counters.items() if count is not None}
+        state["largest_step"] = list(self.largest_step)
         return state if self.planner is None else state | {"planner": self.planner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -322,6 +329,7 @@ class compress_activations:
                     f"state_dict[{name!r}] must be an integer of at least 0, got {count!r} in {state_dict!r}"
                 )
             setattr(self, name, count)
+        self.largest_step = StepSize(*state_dict.get("largest_step", ()))
         if self.planner is not None:
             self.planner.load_state_dict(state_dict.get("planner", {}))
 

@@ -57,7 +57,7 @@ from lightning_tinykg.activations.storages import (
     tensors_in,
 )
 from lightning_tinykg.activations.values import Values
-from lightning_tinykg.activations.widths import Widths, is_narrow
+from lightning_tinykg.activations.widths import StepSize, Widths, is_narrow
 from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.bits.plan import BitPlan
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
@@ -91,6 +91,7 @@ class Keeper:
         recompute: how much work a byte is worth: ``"off"``, ``"cheap"`` or ``"aggressive"``.
         key: key of the noise.
         ledger: where to write down what is kept.
+        largest_step: of those before.
     """
 
     def __init__(
@@ -103,11 +104,12 @@ class Keeper:
         recompute: str,
         key: int,
         ledger: Ledger,
+        largest_step: StepSize,
     ) -> None:
         self.ledger = ledger
         self.values = Values()
         self.workspace = Workspace()
-        self.widths = Widths(plan, group_size)
+        self.widths = Widths(plan, group_size, largest_step)
         self._min_bytes = min_bytes
         self._by_rules = by_rules
         self._books = Books(ledger, self.values, self.workspace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -27,6 +28,18 @@ def is_narrow(tensor: Tensor) -> bool:
     return tensor.dim() < 2 or tensor.shape[-1] < NARROW
 
 
+class StepSize(NamedTuple):
+    """How large a step is: the larger of two is the one with more raw bytes."""
+
+    raw_bytes: int = 0
+    """Of all that the uncompressed graph would keep."""
+    largest: int = 0
+    """Bytes of its largest tensor."""
+
+
+NO_STEP = StepSize()
+
+
 class Widths:
     """The widths of one forward.
 
@@ -35,18 +48,21 @@ class Widths:
             that module's node. A width of 32 keeps values exact. An entry that names the node is taken at its word;
             others, and the default, say how many bits features get, and what is more delicate gets more.
         group_size: elements that share a scale; None: by width.
+        largest_step: the largest step before this one. Memory has to be there for it, so in a smaller step more is
+            cheap.
     """
 
-    def __init__(self, plan: BitPlan, group_size: int | None) -> None:
+    def __init__(self, plan: BitPlan, group_size: int | None, largest_step: StepSize = NO_STEP) -> None:
         self.bits = bits_now(plan.default)
         self.place = Place("")
         self.literal = False
         self._plan = plan
         self._saves: Counter[tuple[str, str]] = Counter()
         self._group_size = group_size
-        self._raw_bytes = 0
-        self._largest = 0
+        self._largest_step = largest_step
         self._extra = 0
+        self.step = NO_STEP
+        """This step, as far as it has come."""
 
     def turn_to(self, module: str, component: str) -> None:
         """What follows is about the next save of a module's node."""
@@ -60,8 +76,7 @@ class Widths:
 
     def charge(self, raw_bytes: int) -> None:
         """Note a tensor that the uncompressed graph would keep."""
-        self._raw_bytes += raw_bytes
-        self._largest = max(self._largest, raw_bytes)
+        self.step = StepSize(self.step.raw_bytes + raw_bytes, max(self.step.largest, raw_bytes))
 
     def least(self, tensor: Tensor, rule: Rule) -> int:
         """The least width for a tensor under a rule.
@@ -94,14 +109,16 @@ class Widths:
         A tensor that is small beside the step's largest gets a bit more each time its size halves, as long as all
         such extras together stay below a hundredth of the raw bytes, or a 400th for 12 bits. The score head is small
         and on every path of the gradient: this is what keeps its error from all the rest. Item vectors, whose scores
-        are subtracted from one another, are small too.
+        are subtracted from one another, are small too. In a step that is smaller than one before it, such as that of
+        KGAT's triples, all is small.
         """
         if self.literal:
             return least
-        wish = self.bits + math.log2(max(self._largest / max(layout.numel * itemsize, 1), 1.0))
+        raw_bytes, largest = max(self.step, self._largest_step)
+        wish = self.bits + math.log2(max(largest / max(layout.numel * itemsize, 1), 1.0))
         better = min(EXTRAS, key=lambda width: abs(width - wish))
         for width in reversed(EXTRAS):
-            if least < width <= better and self._with(layout, width, least) <= self._raw_bytes // EXTRAS[width]:
+            if least < width <= better and self._with(layout, width, least) <= raw_bytes // EXTRAS[width]:
                 return width
         return least
 

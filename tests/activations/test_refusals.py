@@ -454,7 +454,7 @@ def test_a_plain_loop_resumes(tmp_path: Any) -> None:
     train(model, context, batches[:2])
     torch.save({"model": model.state_dict(), "tinykg": context.state_dict()}, tmp_path / "loop.pt")
     checkpoint = torch.load(tmp_path / "loop.pt", weights_only=True)
-    assert checkpoint["tinykg"] == {"step": 2, "epoch": 0}
+    assert checkpoint["tinykg"].items() >= {"step": 2, "epoch": 0}.items()
     for forgetful in (False, True):
         model, context = new(), tiny(seed=3, recompute="off")
         model.load_state_dict(checkpoint["model"])

@@ -1,5 +1,7 @@
 """How many bits: at least what the rule asks, more where more is cheap, and never at more than a hundredth."""
 
+import json
+
 import pytest
 import torch
 from comparing import made
@@ -49,6 +51,27 @@ def test_equals_get_no_more_than_was_asked_for() -> None:
     for _ in range(20):
         widths.charge(MIB)
         assert widths.better(layout, 4, least=2) == 2
+
+
+def test_a_step_that_is_smaller_than_one_before_it_gets_more_bits() -> None:
+    """As KGAT's step of triples beside that of the whole graph, in whose memory it has room. A checkpoint knows it."""
+    weight = nn.Parameter(torch.randn(64, 8))
+
+    def kept(context: compress_activations, rows: int, times: int) -> set[str]:
+        with context as ledger:
+            for _ in range(times):
+                (made(torch.randn(rows, 64).requires_grad_()) @ weight).sum()
+        return {entry.codec for entry in ledger.entries if entry.op == "Mm.self"}
+
+    context = compress_activations(2)
+    assert kept(context, rows=1000, times=4) == {"int2"}  # as large as they get, so far
+    assert kept(context, rows=10_000, times=20) == {"int2"}
+    state = json.loads(json.dumps(context.state_dict()))
+    assert kept(context, rows=1000, times=4) == {"int4"}
+    assert kept(context, rows=10_000, times=20) == {"int2"}  # the largest step is kept as it was
+    resumed = compress_activations(2)
+    resumed.load_state_dict(state)
+    assert kept(resumed, rows=1000, times=4) == {"int4"}
 
 
 @pytest.mark.parametrize("bits", [8, 2])
