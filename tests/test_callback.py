@@ -924,7 +924,9 @@ def test_checkpoint_holds_plain_primitives(tmp_path: Path) -> None:
     trainer = fit(Small(), tiny(), max_steps=3)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
-    assert checkpoint["callbacks"]["TinyKGCallback"] == {"step": 3, "epoch": 0, "optimizer_steps": 3}
+    state = checkpoint["callbacks"]["TinyKGCallback"]
+    assert state.items() >= {"step": 3, "epoch": 0, "optimizer_steps": 3}.items()
+    assert set(state) - {"step", "epoch", "optimizer_steps"} == {"largest_step"}
     assert set(checkpoint["state_dict"]) == set(Small().state_dict())
     Small.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
     fit(Small(), tiny(), ckpt_path=tmp_path / "model.ckpt", max_steps=4)

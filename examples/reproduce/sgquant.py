@@ -258,7 +258,7 @@ class Setting:
                 return self.teacher.judge(model, self.data)[0]
 
         # random search measures as many plans, and predicts none
-        for way, measurements, rounds in (("search", 40, 4), ("random", 80, 0)):
+        for way, measurements, rounds in (("search", 40, 8), ("random", 80, 0)):
 
             def run(measurements: int = measurements, rounds: int = rounds) -> dict[str, Any]:
                 front = AutoBitSelector(
@@ -271,7 +271,7 @@ class Setting:
                     progress=False,
                     measurements=measurements,
                     rounds=rounds,
-                    per_round=10,
+                    per_round=5,
                 ).run()
                 found = front.best_within(budget)
                 quantizer.set_plan(found.plan)
@@ -350,8 +350,8 @@ def main() -> None:
     )
     parser.add_argument("--within", nargs="*", type=int, default=[], help="search within 1/N of full precision's bytes")
     parser.add_argument("--measurements", type=int, default=40, help="of the search, before it predicts")
-    parser.add_argument("--rounds", type=int, default=4, help="of predicted plans")
-    parser.add_argument("--per-round", type=int, default=10, help="plans that are measured in a round")
+    parser.add_argument("--rounds", type=int, default=8, help="of predicted plans")
+    parser.add_argument("--per-round", type=int, default=5, help="plans that are measured in a round")
     parser.add_argument("--tolerance", type=float, default=0.002, help="expected accuracy that may be lost")
     parser.add_argument("--equal-bytes", nargs="*", type=int, default=[2, 1], help="widths to beat at their own bytes")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="such as cuda")

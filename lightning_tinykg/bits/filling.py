@@ -117,11 +117,7 @@ class Filling:
         """
         steps = [choice]
         while True:
-            narrower = [
-                (*choice[:entry], widths[widths.index(choice[entry]) - 1], *choice[entry + 1 :])
-                for entry, widths in enumerate(self._space.widths)
-                if choice[entry] > widths[0]
-            ]
+            narrower = self._steps(choice, -1)
             within = (
                 [one for one, d in zip(narrower, self.drops(narrower), strict=True) if d <= drop] if narrower else []
             )
@@ -143,8 +139,50 @@ class Filling:
             count: how many, at most.
             known: which plans not.
         """
-        within = [choice for choice in self._path() if choice not in known and self._bytes_of(choice) <= budget]
-        return sorted(within, key=lambda choice: float(self.drops([choice])[0]))[:count]
+        path = self._path()
+        over = [choice for choice in path if self._bytes_of(choice) > budget]
+        below = [choice for choice in path if self._bytes_of(choice) <= budget]
+        if over:
+            below += self._shrunk(min(over, key=self._bytes_of), budget)
+        if below:
+            below += self._widened(max(below, key=self._bytes_of), budget)
+        fresh = [choice for choice in dict.fromkeys(below) if choice not in known]
+        return sorted(fresh, key=lambda choice: float(self.drops([choice])[0]))[:count]
+
+    def _shrunk(self, choice: Choice, budget: int) -> list[Choice]:
+        """A plan with one entry after the other narrower, whichever costs the least for what it saves, to a budget."""
+        while self._bytes_of(choice) > budget:
+            narrower = self._steps(choice, -1)
+            if not narrower:
+                return []
+            choice = narrower[int(self._rates(choice, narrower).argmin())]
+        return [choice]
+
+    def _widened(self, choice: Choice, budget: int) -> list[Choice]:
+        """A plan with one entry after the other wider, whichever gains the most for what it takes; the last first."""
+        steps: list[Choice] = []
+        while True:
+            wider = self._steps(choice, 1)
+            best_first: list[int] = np.argsort(-self._rates(choice, wider)).tolist() if wider else []
+            within = (wider[place] for place in best_first if self._bytes_of(wider[place]) <= budget)
+            following = next(within, None)
+            if following is None:
+                return steps[::-1]
+            choice = following
+            steps.append(choice)
+
+    def _rates(self, choice: Choice, others: Sequence[Choice]) -> Floats:
+        """How far others are below the reference beside a plan, for each byte that they are apart, float64 ``[n]``."""
+        apart = np.array([self._alone(other) for other in others]) - self._alone(choice)
+        return np.asarray((self.drops([choice]) - self.drops(others)) / np.where(apart, apart, 1e-9))
+
+    def _steps(self, choice: Choice, by: int) -> list[Choice]:
+        """The plans with one entry one width narrower or wider."""
+        return [
+            (*choice[:entry], widths[widths.index(choice[entry]) + by], *choice[entry + 1 :])
+            for entry, widths in enumerate(self._space.widths)
+            if 0 <= widths.index(choice[entry]) + by < len(widths)
+        ]
 
     def _path(self) -> list[Choice]:
         """The best plan for each price, from the narrowest to the widest."""

@@ -11,12 +11,12 @@ from lightning_tinykg.bits.front import Trial, at_least
 from lightning_tinykg.bits.predicting import Floats, Predictor
 from lightning_tinykg.bits.space import Choice, SearchSpace
 
-__all__ = ["best_predicted", "candidates", "parents_of", "random_choices"]
+__all__ = ["best_predicted", "candidates", "parents_of", "random_choices", "spread"]
 
 _PARENTS = 6
 _MARGINS = (0.75, -0.25)
-"""How much better than the bound a plan is predicted to be, in the predictor's scores: the first that is measured of a
-round is the smallest that is safely within, the last one that is just predicted not to be."""
+"""How much better than the bound a plan is predicted to be, in the predictor's scores: from the smallest that are
+safely within to those that are just predicted not to be."""
 
 
 def random_choices(space: SearchSpace, count: int, known: Collection[Choice], rng: np.random.Generator) -> list[Choice]:
@@ -77,6 +77,7 @@ def best_predicted(
     count: int,
     bound: float | None,
     budget: int | None,
+    rng: np.random.Generator,
 ) -> list[Choice]:
     """The plans to measure, of many.
 
@@ -87,6 +88,7 @@ def best_predicted(
         count: how many to choose.
         bound: look for the smallest plans that are at least this accurate.
         budget: look for the most accurate plans within these bytes; then there is no bound.
+        rng: where the randomness is from.
 
     Returns:
         Distinct ones of ``choices``, as many as are asked for or there are.
@@ -100,7 +102,7 @@ def best_predicted(
         smallest_first = np.lexsort((-scores, nbytes))
         # a bound that is full precision's own accuracy can't be predicted to be surpassed
         safe = min(predictor.score(bound) + _MARGINS[0], scores.max())
-        for least in np.linspace(safe, safe - (_MARGINS[0] - _MARGINS[1]), count):
+        for least in safe - (_MARGINS[0] - _MARGINS[1]) * spread(count, rng):
             enough = scores[smallest_first] >= least
             fresh = (int(place) for place in smallest_first[enough] if int(place) not in picked)
             picked.update(dict.fromkeys(islice(fresh, 1)))
@@ -111,6 +113,16 @@ def best_predicted(
     fresh = (int(place) for place in rest if int(place) not in picked)
     picked.update(dict.fromkeys(islice(fresh, count - len(picked))))
     return [choices[place] for place in picked]
+
+
+def spread(count: int, rng: np.random.Generator) -> Floats:
+    """Numbers from 0 to 1, evenly spread, float64 ``[count]``; other ones each time, so that few in many rounds do too.
+
+    Example:
+        >>> spread(4, np.random.default_rng(0)).round(2)
+        array([0.16, 0.41, 0.66, 0.91])
+    """
+    return (np.arange(count) + rng.random()) / count
 
 
 def parents_of(trials: Mapping[Choice, Trial], bound: float | None, budget: int | None) -> list[Choice]:

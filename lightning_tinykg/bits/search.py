@@ -36,7 +36,7 @@ from lightning_tinykg.bits.front import Front, Trial, allowed_drop
 from lightning_tinykg.bits.measuring import Measure, Measurer, TrialFile
 from lightning_tinykg.bits.plan import BitPlan
 from lightning_tinykg.bits.predicting import Model, Predictor, drop_that_matters
-from lightning_tinykg.bits.proposing import best_predicted, candidates, parents_of, random_choices
+from lightning_tinykg.bits.proposing import best_predicted, candidates, parents_of, random_choices, spread
 from lightning_tinykg.bits.space import Choice, SearchSpace
 
 __all__ = ["AutoBitSelector", "SearchFailed", "random_search"]
@@ -72,7 +72,8 @@ class AutoBitSelector:
         bytes_of: from a plan to its bytes; called for each of ``samples`` plans, so it should not run the model.
         measurements: how many plans are measured before the first prediction. The plans of one width are among them.
         rounds: how often plans are chosen by prediction; 0 is random search.
-        per_round: how many of them are measured.
+        per_round: how many of them are measured. Many rounds of few find more than few of many, as long as there are as
+            many as ``workers``.
         samples: how many plans are predicted.
         seed: of all that is random here.
         tolerance: how far below full precision's the accuracy may be: a number in the accuracy's unit, or a text such
@@ -114,8 +115,8 @@ class AutoBitSelector:
         bytes_of: Callable[[BitPlan], int],
         *,
         measurements: int = 40,
-        rounds: int = 4,
-        per_round: int = 10,
+        rounds: int = 8,
+        per_round: int = 5,
         samples: int = 2000,
         seed: int = 0,
         tolerance: float | str = 0.005,
@@ -209,34 +210,49 @@ class AutoBitSelector:
         assert self._predictor is not None  # there are rounds
         reference = self._reference_of(trials)
         measured = [trial for trial in trials.values() if not trial.failed]
-        bound = None
-        if self.budget is None:
-            drop = allowed_drop(self.tolerance, reference)
-            bound = reference - drop
-        else:
-            within = [trial.accuracy for trial in measured if trial.nbytes <= self.budget]
-            drop = max(reference - max(within or [min(trial.accuracy for trial in measured)]), 0.0)
         # a plan that fails, as those do whose loss is NaN, is to be kept away from
         worst = min(trial.accuracy for trial in measured)
         accuracies = [worst if trial.failed else trial.accuracy for trial in trials.values()]
+        drop = self._drop_of(trials, accuracies, reference)
+        bound = reference - drop if self.budget is None else None
         self._predictor.fit(list(trials), accuracies, reference, drop)
         parents = parents_of(trials, bound, self.budget)
         choices = candidates(self.space, self.samples, trials, parents, rng)
         filled: list[Choice] = []
         if self._filling is not None:
             self._filling.fit(list(trials), accuracies, reference, drop)
-            filled = self._filled(self._filling, drop_that_matters(drop, accuracies), trials)
+            filled = self._filled(self._filling, drop_that_matters(drop, accuracies), trials, rng)
         choices = [choice for choice in choices if choice not in filled]
         nbytes = np.array([self._bytes_of(choice) for choice in choices], dtype=np.float64)
         rest = self.per_round - len(filled)
-        return filled + best_predicted(self._predictor, choices, nbytes, rest, bound, self.budget)
+        return filled + best_predicted(self._predictor, choices, nbytes, rest, bound, self.budget, rng)
 
-    def _filled(self, filling: Filling, drop: float, trials: dict[Choice, Trial]) -> list[Choice]:
+    def _drop_of(self, trials: dict[Choice, Trial], accuracies: list[float], reference: float) -> float:
+        """How far below the reference the plans are that matter.
+
+        Within a budget that is not known. The best that was measured may be far off to begin with, and what is
+        fitted with such a drop can't tell good plans apart; so it is what the fit itself says can be reached.
+        """
+        if self.budget is None:
+            return allowed_drop(self.tolerance, reference)
+        within = [trial.accuracy for trial in trials.values() if not trial.failed and trial.nbytes <= self.budget]
+        drops = [max(reference - max(within or [min(accuracies)]), 0.0)]
+        if self._filling is not None:
+            self._filling.fit(list(trials), accuracies, reference, 0.0)
+            drops += map(float, self._filling.drops(self._filling.best_within(self.budget, 1, ())))
+        return min(drops)
+
+    def _filled(
+        self, filling: Filling, drop: float, trials: dict[Choice, Trial], rng: np.random.Generator
+    ) -> list[Choice]:
         """Half of the plans of a round: those that are best if costs add up, some of them more daring than others."""
         count = (self.per_round + 1) // 2
+        filled: list[Choice] = []
         if self.budget is not None:
-            return filling.best_within(self.budget, (count + 1) // 2, trials)
-        return filling.smallest(list(np.geomspace(drop / 2, 2 * drop, count)), trials)
+            filled = filling.best_within(self.budget, (count + 1) // 2, trials)
+            count -= len(filled)  # the others are not held to it: what bits cost shows where they are gone without
+        drops = drop * np.exp2(2 * spread(count, rng) - 1)
+        return filled + filling.smallest(list(drops), {*trials, *filled})
 
     def _measured(self, choices: list[Choice], advance: Callable[[], None]) -> Iterator[tuple[Choice, Trial]]:
         """The trials of some choices, in their order, though with workers they come in any."""

@@ -116,7 +116,7 @@ def test_widths_of_places_by_what_the_output_loses(granularity: Any) -> None:
             return -float((model(x, edge_index) - want).norm() / want.norm())
 
     space = SearchSpace({tuple(place): (1, 2, 4, 8, 16) for place in quantizer.places()})
-    more = SMALL | {"measurements": 40, "rounds": 4, "per_round": 8}  # there are eight places
+    more = SMALL | {"measurements": 40, "rounds": 8, "per_round": 4}  # there are eight places
     smaller_than_one_width(
         AutoBitSelector(space, less_error, lambda plan: quantizer.memory(plan).packed_bytes, tolerance=0.1, **more)
     )
