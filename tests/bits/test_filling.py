@@ -83,18 +83,19 @@ def test_a_search_whose_bytes_never_change_goes_on() -> None:
     assert filling.smallest([0.01], known=())
 
 
-def test_a_search_asks_for_bytes_no_more_often_than_it_may() -> None:
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_a_search_asks_for_bytes_no_more_often_than_it_may(budget: float | None) -> None:
     """Where they are those of a forward, few samples are allowed."""
     asked: list[BitPlan] = []
 
     def bytes_of_plan(plan: BitPlan) -> int:
         asked.append(plan)
-        return 1000
+        return 1000 * sum(entry.bits for entry in plan.entries)  # type: ignore[misc]  # no schedules here
 
     def found(samples: int) -> int:
         asked.clear()
         options: dict[str, Any] = {"measurements": 8, "rounds": 2, "per_round": 4, "progress": False}
-        AutoBitSelector(SMALL, lambda plan: 0.5, bytes_of_plan, samples=samples, **options).run()
+        AutoBitSelector(SMALL, lambda plan: 0.5, bytes_of_plan, samples=samples, budget=budget, **options).run()
         return len(asked)
 
     assert found(samples=10) < 8 + 2 * (4 + 10) + 10
