@@ -317,7 +317,8 @@ class compress_activations:
             state_dict: what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: if it has no ``"step"``, or if a counter is no integer of at least 0.
+            ValueError: if it has no ``"step"``, if a counter is no integer of at least 0, or
+                ``"largest_step"`` not two integers.
         """
         counters = {"epoch": self.epoch, "optimizer_steps": self.optimizer_steps} | {"step": None} | state_dict
         for name in ("step", "epoch", "optimizer_steps"):
@@ -329,7 +330,10 @@ class compress_activations:
                     f"state_dict[{name!r}] must be an integer of at least 0, got {count!r} in {state_dict!r}"
                 )
             setattr(self, name, count)
-        self.largest_step = StepSize(*state_dict.get("largest_step", ()))
+        largest = state_dict.get("largest_step", NO_STEP)  # a checkpoint of an earlier version has none
+        if not isinstance(largest, (list, tuple)) or [type(size) for size in largest] != [int, int]:
+            raise ValueError(f"state_dict['largest_step'] must be two integers, got {largest!r}")
+        self.largest_step = StepSize(*largest)
         if self.planner is not None:
             self.planner.load_state_dict(state_dict.get("planner", {}))
 

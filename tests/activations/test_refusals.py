@@ -473,6 +473,12 @@ def test_a_state_of_something_else_is_refused(state: Any) -> None:
     assert context.step == 0
 
 
+@pytest.mark.parametrize("largest", [[1], 3, [1, 2.5], ["1", "2"], None], ids=str)
+def test_a_largest_step_of_something_else_is_refused(largest: Any) -> None:
+    with pytest.raises(ValueError, match=r"state_dict\['largest_step'\] must be two integers, got"):
+        tiny().load_state_dict({"step": 1, "largest_step": largest})
+
+
 def test_the_context_can_be_copied_and_pickled() -> None:
     context = tiny(seed=7)
     with context:

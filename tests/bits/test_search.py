@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lightning_tinykg.bits import BitPlan
+from lightning_tinykg.bits.filling import Filling
 from lightning_tinykg.bits.front import Front
 from lightning_tinykg.bits.measuring import TrialFile
 from lightning_tinykg.bits.predicting import ModelMissing
@@ -162,6 +163,21 @@ def test_beats_random_search_at_equal_measurements(model: Any) -> None:
         accuracies.append(landscape.true(best.plan) - landscape.true(blind.best_within("15%").plan))
     assert np.mean(sizes) < 0
     assert np.mean(accuracies) > 0
+
+
+def test_within_a_budget_the_fit_is_made_at_the_drop_that_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at that of the best plan so far, which is far off to begin with: all good plans would be alike to it."""
+    landscape, used = Landscape(), list[float]()
+    fit = Filling.fit
+
+    def noted(self: Filling, choices: Any, accuracies: Any, reference: float, drop: float) -> None:
+        used.append(drop)
+        fit(self, choices, accuracies, reference, drop)
+
+    monkeypatch.setattr(Filling, "fit", noted)
+    front = selector(landscape, budget="25%", measurements=40, rounds=1).run()
+    first = [trial for trial in front.trials[:40] if trial.nbytes <= 0.25 * front.full_bytes]
+    assert 0 < used[-1] < 0.5 * (front.reference - max(trial.accuracy for trial in first))
 
 
 def test_a_small_space_is_measured_whole_and_its_front_is_right() -> None:
