@@ -206,3 +206,35 @@ def test_a_run_in_weights_and_biases(
     table = json.loads((files / merged["tinykg/ledger.path"]).read_text())
     stored = table["columns"].index("stored_bytes")
     assert sum(line[stored] for line in table["data"]) == pytest.approx(result["stored_mib"] * 2**20)
+
+
+def test_each_model_is_searched_as_often(
+    modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The config is the first trial, no trial is tested, a finished one is not repeated, and the page shows them."""
+    tuning = importlib.import_module("tuning")
+    assert doctest.testmod(tuning).failed == 0
+    options = ("--data", ".", "--set", DATA, "--models", "lightgcn", "bprmf", "--epochs", "1", "--out", str(tmp_path))
+
+    def search(trials: int, *more: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["tuning.py", *options, "--trials", str(trials), *more])
+        tuning.main()
+        return [json.loads(line) for line in (tmp_path / "tuning.jsonl").read_text().splitlines()]
+
+    first = search(2)
+    assert [(row["model"], row["trial"]) for row in first] == [
+        ("lightgcn", 0),
+        ("bprmf", 0),
+        ("lightgcn", 1),
+        ("bprmf", 1),
+    ]
+    assert not any(name.startswith("test/") for row in first for name in row)
+    assert first[1]["settings"]["model"][1]["num_layers"] == 0
+    assert first[0]["tuned"]["lr"] != first[2]["tuned"]["lr"]
+    assert search(3)[:4] == first
+    assert "| bprmf on synthetic:1000 | 3 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="trial 0 of lightgcn was made with other settings"):
+        search(3, "--patience", "3")
+    call(modules["tinykg"], monkeypatch, tmp_path, "--render", "--docs", str(tmp_path / "docs"))
+    assert "--models lightgcn bprmf --trials 3" in (tmp_path / "docs" / "results.md").read_text()
+    assert (tmp_path / "docs" / "results-tuning.png").exists()

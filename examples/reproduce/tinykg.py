@@ -30,6 +30,9 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[2] / "docs"
 MODELS = ["popularity", *sorted(path.stem.removesuffix("-music") for path in CONFIGS.glob("*-music.yaml"))]
 
+BASELINES = ("popularity", "lightgcn", "bprmf")
+"""Models without the knowledge graph, which are trained uncompressed only."""
+
 
 def way(text: str) -> str:
     """A value of ``--ways`` that can be used."""
@@ -43,12 +46,12 @@ def way(text: str) -> str:
 def wanted(args: argparse.Namespace) -> list[tuple[Case, str, int]]:
     """All runs that are asked for, seed by seed: a table that is interrupted has as many seeds for each way.
 
-    The most popular items have neither bits nor seeds, and LightGCN keeps too little to compress.
+    The most popular items have neither bits nor seeds; LightGCN and BPR-MF keep too little to compress.
     """
     runs: list[tuple[Case, str, int]] = []
     for name in args.sets:
         for model in args.models:
-            ways = ["none"] if model in ("popularity", "lightgcn") else args.ways
+            ways = ["none"] if model in BASELINES else args.ways
             seeds = [0] if model == "popularity" else args.seeds
             runs += [(Case(model, name), way, seed) for seed in seeds for way in ways]
     return runs

@@ -81,6 +81,32 @@ def plot(rows: dict[str, list[dict[str, Any]]], metric: str, name: str, path: Pa
     left.set_title(f"test {name}, mean and its standard error, against bytes", fontsize=10)
     _convergence(right, trained)
     right.set_title(f"validation {name} by epoch, mean over the seeds", fontsize=10)
-    for axes in (left, right):
+    _save(figure, path)
+
+
+def plot_tuning(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw what each trial of a search reached by its learning rate and its L2; the config is a star.
+
+    Args:
+        rows: the trials of all models.
+        path: of the image.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, setting in zip(figure.subplots(1, 2, sharey=True), ("lr", "l2"), strict=True):
+        for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+            own = [row for row in rows if row["model"] == model]
+            for marker, some in (("o", own), ("*", [row for row in own if row["trial"] == 0])):
+                places, heights = [row["tuned"][setting] for row in some], [row["best"] for row in some]
+                named = model if marker == "o" else None
+                axes.scatter(places, heights, 24 if named else 160, f"C{number}", marker, label=named)
+        axes.set_xscale("log")
+        axes.set_xlabel(setting)
+    axes.legend(fontsize=7, frameon=False)
+    figure.suptitle("best validation Recall@20 of each trial; the config is a star", fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110, metadata={"Software": None})

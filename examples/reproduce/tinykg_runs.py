@@ -201,8 +201,10 @@ class Runner:
             held = 4 * pairs * 8  # ids of users, positives and negatives: the checkpoint holds them, unseen
         return tinykg.largest.raw_bytes + held, tinykg.largest.stored_bytes + held
 
-    def run(self, case: Case, way: str, seed: int, settings: dict[str, Any], logger: Any = False) -> dict[str, Any]:
-        """One run: train, then test with the checkpoint that was best on the validation set.
+    def run(
+        self, case: Case, way: str, seed: int, settings: dict[str, Any], logger: Any = False, *, tests: bool = True
+    ) -> dict[str, Any]:
+        """One run: train, then test with the checkpoint that was best on the validation set, if it is to be tested.
 
         Goes on with the last whole epoch of an earlier call that was interrupted.
         """
@@ -220,8 +222,8 @@ class Runner:
         callbacks: list[Callback] = [record, best, *([tinykg] if tinykg else [])]
         if settings["patience"] is not None:
             callbacks.append(EarlyStopping(patience=settings["patience"], **watched))
-        raw = self.count(case, settings, "none")[0]
-        stored = self.count(case, settings, way)[0] if way in PLAIN else None
+        raw = self.count(case, settings, "none")[0] if tests else None
+        stored = self.count(case, settings, way)[0] if tests and way in PLAIN else None
         model, module = self.create(case, settings, seed)
         every = settings.get("validates_every", 1)
         often = {"max_epochs": settings["epochs"], "check_val_every_n_epoch": every}
@@ -230,9 +232,11 @@ class Runner:
         resumed = last.exists()
         trainer.fit(model, module, ckpt_path=str(last) if resumed else None)
         result = record.summary()  # before the test, which restores that of the best epoch
-        result |= trainer.test(model, module, ckpt_path=best.best_model_path, verbose=False)[0]
+        if tests:
+            result |= trainer.test(model, module, ckpt_path=best.best_model_path, verbose=False)[0]
         self.progress.remove_task(record.task)
-        result["raw_mib"] = raw / MIB
+        if raw is not None:
+            result["raw_mib"] = raw / MIB
         if stored is not None:
             result["stored_mib"] = stored / MIB
         if logger:

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from reporting import spread
-from tinykg_plots import plot
+from tinykg_plots import plot, plot_tuning
 from tinykg_ways import PLAIN, WAYS, label
 
 from lightning_tinykg.activations.ledger import format_bytes
@@ -92,6 +92,27 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def tuning_table(rows: list[Row]) -> str:
+    """What a random search found for each model: the config, which is trial 0, beside the best, in Markdown.
+
+    Example:
+        >>> run = {"model": "kgat", "set": "music", "tuned": {"lr": 0.01}}
+        >>> print(tuning_table([run | {"trial": 0, "best": 0.3}, run | {"trial": 1, "best": 0.2}]).splitlines()[-1])
+        | kgat on music | 2 | 0.3000 | 1 | lr 0.01 | 0.3000 | lr 0.01 |
+    """
+    names = ["model", "trials", "the config's", "its place", "its settings", "the best", "its settings"]
+    lines = [names, ["---" if name in ("model", "its settings") else "---:" for name in names]]
+    for model, of in dict.fromkeys((row["model"], row["set"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["set"]) == (model, of)]
+        config = next(row for row in own if row["trial"] == 0)
+        best = max(own, key=lambda row: row["best"])
+        place = 1 + sum(row["best"] > config["best"] for row in own)
+        said = [", ".join(f"{name} {value}" for name, value in row["tuned"].items()) for row in (config, best)]
+        found = f"{config['best']:.4f}", str(place), said[0], f"{best['best']:.4f}", said[1]
+        lines.append([f"{model} on {of}", str(len(own)), *found])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def commands(rows: list[Row]) -> list[str]:
     """What makes these runs: a command for each set of seeds, and each kind of device.
 
@@ -154,8 +175,9 @@ def render(results: Path, docs: Path) -> list[Path]:
         if not rows:
             continue
         image = docs / f"results-{path.stem}.png"
-        plot(by_way(rows), metrics(rows)[0], METRICS[metrics(rows)[0]], image)
-        written.append(image)
+        if trained := any("curve" in row for row in rows):  # the most popular items need no training
+            plot(by_way(rows), metrics(rows)[0], METRICS[metrics(rows)[0]], image)
+            written.append(image)
         name, stem = f"{rows[0]['model']} on {rows[0]['set']}", f"{rows[0]['model']}-{rows[0]['set'].replace(':', '')}"
         if earlier := path.stem.removeprefix(stem):  # with a config that is none any more: its words say which
             name += f", {earlier.strip('-').replace('-', ' ')}"
@@ -163,8 +185,18 @@ def render(results: Path, docs: Path) -> list[Path]:
         else:
             shown = "\n".join(commands(rows))
             parts.append(f"## {name}\n\n```bash\n{shown}\n```\n\n{table(rows)}")
-        parts.append(f"![{name}]({image.name})")
+        if trained:
+            parts.append(f"![{name}]({image.name})")
         parts.append(fill(_words(path.with_suffix(".md")), rows))
+    if trials := read(results / "tuning.jsonl"):
+        image = docs / "results-tuning.png"
+        plot_tuning(trials, image)
+        written.append(image)
+        models = " ".join(dict.fromkeys(row["model"] for row in trials))
+        count = 1 + max(row["trial"] for row in trials)
+        command = f"python examples/reproduce/tuning.py --data PATH/TO/DATA --models {models} --trials {count}"
+        parts.append(f"## Tuning\n\n```bash\n{command}\n```\n\n{tuning_table(trials)}\n\n![tuning]({image.name})")
+        parts.append(_words(results / "tuning.md"))
     parts.append(_words(results / "after.md"))
     page = docs / "results.md"
     page.write_text("\n\n".join(part for part in parts if part) + "\n")
