@@ -239,12 +239,12 @@ class Costs:
             return _FREE
         counted = counted or _Counted()
         least = least if ingredient.floating else 32
-        if (
-            counted.widths.get((ingredient.value, ingredient.version), 0) >= least
-            or self.kept(ingredient, least) is not None
-        ):
+        if self.kept(ingredient, least) is not None:
             return _FREE
         gone = ingredient.source() is None
+        # what has been counted may be another view of it, which is of no use to one that is gone
+        if not gone and counted.widths.get((ingredient.value, ingredient.version), 0) >= least:
+            return _FREE
         own = worth = math.inf
         finer = 0.0
         recipe = ingredient.recipe

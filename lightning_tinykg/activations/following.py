@@ -18,9 +18,13 @@ from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, ROWS
 from lightning_tinykg.activations.rules import ANGLE, SMOOTH, Rule
 from lightning_tinykg.activations.storages import Layout, is_plain, node_name
+from lightning_tinykg.activations.values import Value, Values
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.activations.within import made_within
 from lightning_tinykg.codecs.affine import FINE_BITS
+
+_MOST_FRAGILE = 64
+"""Recipes to look for fragile saves in, at the most."""
 
 
 class Follower:
@@ -32,14 +36,48 @@ class Follower:
         forms: makes the codes of what they start from.
         books: who pays for these.
         widths: in how many bits.
+        values: the storages.
     """
 
-    def __init__(self, recipes: RecipeBook, costs: Costs, forms: Forms, books: Books, widths: Widths) -> None:
+    def __init__(
+        self, recipes: RecipeBook, costs: Costs, forms: Forms, books: Books, widths: Widths, values: Values
+    ) -> None:
         self.recipes = recipes
+        self._values = values
         self._costs = costs
         self._forms = forms
         self._books = books
         self._widths = widths
+        # fragile saves that are made again of what is rounded, by what they were made as: storage and version
+        self._fragile: dict[tuple[Value, int], tuple[weakref.ref[Saved], Layout, Entry]] = {}
+
+    def note_fragile(self, saved: Saved, tensor: Tensor, entry: Entry) -> None:
+        """A save whose error another op may blow up is made again of what is rounded."""
+        recipe = self.recipes.find(tensor)
+        if recipe is not None and self._widths.bits < 32:
+            self._fragile[recipe.value, recipe.version] = weakref.ref(saved), Layout.of(tensor), entry
+
+    def forget(self) -> None:
+        """The forward is over: nothing will use its results any more."""
+        self._fragile.clear()
+
+    def _make_exactly(self, recipe: Recipe) -> None:
+        """Something is made again to the last bit: so are the fragile saves that it is made of, which takes no more.
+
+        Of ``p = sigmoid(x)`` a cross entropy gives back ``1 / (p * (1 - p))``, and the sigmoid multiplies that by
+        ``p * (1 - p)``: where the one is exact and the other is not, nothing is left of their product.
+        """
+        stack, seen = [recipe], {recipe}
+        while stack and self._fragile and len(seen) < _MOST_FRAGILE:
+            of = stack.pop()
+            found = self._fragile.pop((of.value, of.version), None)
+            saved = None if found is None else found[0]()
+            if found is not None and saved is not None and isinstance(saved.kept, Remade):
+                saved.kept.making.saves -= 1
+                saved.fill(self._follow(of, 32, found[1], found[2]))
+            more = [i.recipe for i in of.ingredients if i.recipe is not None and i.recipe not in seen]
+            stack += more
+            seen.update(more)
 
     def observe_dropout(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """A dropout has run, and its mask is kept: that is all it takes to repeat it."""
@@ -98,7 +136,14 @@ class Follower:
             return None
         entry.codec = "recipe" if recipe.computes else "gather"
         entry.recipe, entry.work = recipe.text(), int(cost.work)
-        return self._follow(recipe, least, Layout.of(tensor), entry)
+        self._values.begin_use()  # it has been counted on
+        try:
+            kept = self._follow(recipe, least, Layout.of(tensor), entry)
+            if least == 32 and self._fragile:
+                self._make_exactly(recipe)
+        finally:
+            self._values.end_use()
+        return kept
 
     def bytes_exactly(self, tensor: Tensor, own: int) -> float:
         """The bytes to keep a tensor to the last bit: ``own``, or fewer, of what it can be made of again."""

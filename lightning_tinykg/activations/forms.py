@@ -16,7 +16,7 @@ from lightning_tinykg.activations.rules import Need
 from lightning_tinykg.activations.sensitivity import Rounded
 from lightning_tinykg.activations.storages import Layout, in_32_bits
 from lightning_tinykg.activations.widths import Widths
-from lightning_tinykg.codecs.affine import FINE_BITS, FLOAT_DTYPES, quantize
+from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
 from lightning_tinykg.codecs.lossless import Code, RawCode, encode_bool, encode_integers
 from lightning_tinykg.codecs.noise import make_key
 
@@ -67,7 +67,7 @@ class Forms:
                 entry.stored_bytes = code.nbytes
                 if record.bits < 32:
                     self._widths.spend(layout, bits, least)
-                if record.bits < FINE_BITS and not self._widths.literal:
+                if record.bits < 32 and not self._widths.literal:
                     self._books.linger(tensor)
             else:
                 record.reference, record.bits = Reference.to(run.detach(), entry.op), 32

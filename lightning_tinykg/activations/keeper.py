@@ -31,6 +31,7 @@ from lightning_tinykg.activations.keeping import (
 )
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipes import RecipeBook
+from lightning_tinykg.activations.remaking import Remade
 from lightning_tinykg.activations.rules import (
     ANGLE,
     COMPARED,
@@ -117,7 +118,7 @@ class Keeper:
         self._follower: Follower | None = None
         if by_rules and recompute != "off":
             recipes, costs = RecipeBook(self.values, min_bytes), Costs(self.widths, recompute)
-            self._follower = Follower(recipes, costs, self.forms, self._books, self.widths)
+            self._follower = Follower(recipes, costs, self.forms, self._books, self.widths, self.values)
         self._comparer = Comparer(self.values, self.forms, self.widths, self._follower, min_bytes)
         self._fragile: WeakValueDictionary[int, Record] = WeakValueDictionary()
 
@@ -126,8 +127,12 @@ class Keeper:
     def before(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op is about to run: if it writes in place what something is to be made from again, copy that first."""
         self._books.next_op(function.backward)
-        if (function.may_write or kwargs) and changes.LENT:
-            changes.before_change(tensors_in(function.written(args, kwargs)))
+        if (function.may_write or kwargs) and (changes.LENT or self.values.any_apart):
+            written = tensors_in(function.written(args, kwargs))
+            changes.before_change(written)
+            self.values.before_change(written)
+        elif function.gives_data:
+            self.values.set_apart(args[0])
         if self._fragile and function.amplifies:
             self._keep_fragile(tensors_in(function.amplified.of(args, kwargs)))
 
@@ -157,6 +162,8 @@ class Keeper:
         self.values.forget_recipes()
         self._comparer.forget()
         self._fragile.clear()
+        if self._follower is not None:
+            self._follower.forget()
         self._books.close()
 
     # -- what is kept -------------------------------------------------------------------------------------------
@@ -205,8 +212,11 @@ class Keeper:
             saved.fill(Conjugated(kept) if conjugated else kept)
             if is_deferrable(tensor, where):
                 saved.defer(tensor)
-            if where in FRAGILE and isinstance(kept, Coded) and kept.record.bits < 32:
-                self._fragile[storage_id(tensor)] = kept.record
+            if where in FRAGILE:
+                if isinstance(kept, Coded) and kept.record.bits < 32:
+                    self._fragile[storage_id(tensor)] = kept.record
+                elif isinstance(kept, Remade) and self._follower is not None:
+                    self._follower.note_fragile(saved, tensor, entry)
         return entry
 
     def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any, computes: bool = True) -> Kept:
@@ -225,6 +235,11 @@ class Keeper:
         if rule is SHAPE:
             entry.codec = "shape"
             return Levels(ShapeCode(tensor.numel(), tensor.dtype, tensor.device), Layout.of(tensor))
+        if tensor.is_complex():  # by its real and imaginary parts, which are floats like others, and made like others
+            rule = rule if rule in (LINEAR, MASK) else EXACT
+            if tensor.dim() and tensor.is_contiguous() and tensor.nbytes >= self._min_bytes:
+                parts = torch.view_as_real(tensor.detach()).flatten(-2)
+                return AsComplex(self._choose(parts, rule, entry, op, node, computes), tensor.stride())
         factor_of = None
         if rule is MASK:
             rule, factor_of = LINEAR, node._sequence_nr()
@@ -235,10 +250,6 @@ class Keeper:
                 mask = encode_two_levels(layout.run(tensor))
                 if mask is not None:
                     return self.forms.levels(tensor, layout, "mask", lambda run: mask, entry)
-        if rule is LINEAR and tensor.is_complex() and tensor.dim() and tensor.is_contiguous():
-            real = torch.view_as_real(tensor.detach()).flatten(-2)
-            if (least := self.widths.least(real, rule)) < 32 and real.nbytes >= self._min_bytes:
-                return AsComplex(self.forms.value(real, least, entry, factor_of), tensor.stride())
         floating = tensor.dtype in FLOAT_DTYPES
         least = self.widths.least(tensor, rule)
         if self._follower is not None:

@@ -66,7 +66,11 @@ class Ingredient:
         """The tensor, or the one that it is a view of, if it is still there and still what it was."""
         base = self.find()
         base = self.value.raw if base is None else base
-        return None if base is None or base._version != self.version or is_freed(base) else base
+        if self.value.blurred and not self.free:
+            return None
+        if base is None or base._version != self.version or base.dtype is not self.dtype or is_freed(base):
+            return None
+        return base
 
     def tensor(self) -> Tensor | None:
         """The tensor, if it is still there and still what it was."""
@@ -140,6 +144,10 @@ class Recipe:
         self.computes_itself = self.repeatable.carries is not SAME
         self.computes = self.computes_itself or any(recipe.computes for recipe in made)
 
+    def makes(self, dtype: torch.dtype, version: int) -> bool:
+        """Whether it makes the elements of its storage as they are seen, and as they were at that version."""
+        return self.version == version and self.dtype is dtype
+
     def as_it_was(self) -> Recipe | None:
         """What makes it to the last bit: the same, but from what is not made again in any order; None if it is that."""
         if self.steady:
@@ -184,10 +192,13 @@ class RecipeBook:
         self._until_sweep = _SWEEP
 
     def find(self, tensor: Tensor) -> Recipe | None:
-        """How a tensor, or the tensor that it is a view of, was made; None if it is not known or was changed since."""
+        """How a tensor, or the tensor that it is a view of, was made; None if it is not known or was changed since.
+
+        Nor is it known of a tensor that sees the elements as others, such as ``view_as_complex``.
+        """
         value = self._values.known(tensor)
         recipe = None if value is None else value.recipe
-        return recipe if recipe is not None and recipe.version == tensor._version else None
+        return recipe if recipe is not None and recipe.makes(tensor.dtype, tensor._version) else None
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, exactly: bool) -> None:
         """An op has run: write down how to repeat it, if that can be done; ``exactly``: to the last bit."""
@@ -224,6 +235,8 @@ class RecipeBook:
         if out.nbytes != out.untyped_storage().nbytes() or not out.is_contiguous():
             return
         value = self._values.of(out)
+        if value.blurred:
+            return
         most = 0 if repeatable.table is None else max(out.nbytes, self._min_bytes)
         ingredients: list[Ingredient] = []
         try:
@@ -292,10 +305,12 @@ class RecipeBook:
         value = self._values.of(argument)
         floating = dtype.is_floating_point
         recipe = value.recipe
-        if recipe is not None and recipe.version != version:
+        if recipe is not None and not recipe.makes(dtype, version):
             recipe = None
         free = self._values.is_users(argument, None if floating else (argument,), value)
         base = argument._base
+        if value.blurred and not free:
+            raise _NoIngredient
         if base is not None and base.dtype != dtype:  # seen as other elements: view_as_real
             base = None
         find: Callable[[], Tensor | None]
@@ -310,7 +325,7 @@ class RecipeBook:
 
 
 class _NoIngredient(Exception):
-    """An argument is no plain tensor: what is made of it can't be made again."""
+    """An argument is no plain tensor, or one of no known version: what is made of it can't be made again."""
 
 
 @dataclass(slots=True, frozen=True, eq=False)

@@ -42,9 +42,11 @@ class Value:
         references: the entries that refer to it; the first is charged for it.
         wanted: bytes of the tensors that could have been made of it again, had it not been for its own.
         raw: a tensor in it, while it is held for a finer code.
+        apart: whether there are tensors in it whose versions are counted apart: ``x`` and ``x.data``.
+        blurred: whether it was changed since: no version tells any more what is in it.
     """
 
-    __slots__ = ("_records", "payer", "raw", "recipe", "references", "storage", "users", "wanted")
+    __slots__ = ("_records", "apart", "blurred", "payer", "raw", "recipe", "references", "storage", "users", "wanted")
 
     def __init__(self, storage: StorageWeakRef) -> None:
         self.storage = storage
@@ -54,8 +56,9 @@ class Value:
         self.references: list[Entry] = []
         self.wanted = 0
         self.raw: Tensor | None = None
+        self.apart = self.blurred = False
         # weak: what no save holds any more, after a backward within the context, nobody asks for
-        self._records: dict[tuple[Any, ...], ref[Record]] = {}
+        self._records: dict[object, ref[Record]] = {}
 
     def record(self, layout: Layout, dtype: torch.dtype, version: int) -> Record | None:
         """What is kept of these elements of it, if anything is."""
@@ -66,12 +69,18 @@ class Value:
 
     def keep(self, layout: Layout, dtype: torch.dtype, version: int, record: Record) -> None:
         """Note what is kept of these elements."""
-        self._records[_key(layout, dtype, version)] = ref(record)
+        key = object() if self.blurred else _key(layout, dtype, version)  # which nobody will ask for
+        self._records[key] = ref(record)
 
     @property
     def records(self) -> list[Record]:
         """All that is kept of it."""
         return [record for reference in self._records.values() if (record := reference()) is not None]
+
+    def forget(self) -> None:
+        """Forget how its elements were made; what was kept of them is nobody else's any more."""
+        self.recipe = None
+        self._records = {object(): record for record in self._records.values()}
 
     def drop(self, record: Record) -> None:
         """Forget what was kept."""
@@ -89,8 +98,10 @@ class Values:
 
     def __init__(self) -> None:
         self._by_storage: dict[int, Value] = {}
+        self.any_apart = False
         self._lingering: deque[tuple[Value, int]] = deque()
-        self._lingering_bytes = 0
+        self._lingering_bytes = self._most_lingering = 0
+        self._in_use = False
 
     def __iter__(self) -> Iterator[Value]:
         return iter(self._by_storage.values())
@@ -117,7 +128,18 @@ class Values:
             self._lingering.append((value, nbytes))
             self._lingering_bytes += nbytes
         value.raw = tensor.detach()
-        self._release(most)
+        self._most_lingering = most
+        if not self._in_use:
+            self._release(most)
+
+    def begin_use(self) -> None:
+        """What is held is made use of: until :meth:`end_use`, none of it is let go of."""
+        self._in_use = True
+
+    def end_use(self) -> None:
+        """It was made use of."""
+        self._in_use = False
+        self._release(self._most_lingering)
 
     def _release(self, most: int) -> None:
         while self._lingering and self._lingering_bytes > most:
@@ -140,6 +162,25 @@ class Values:
     def known(self, tensor: Tensor) -> Value | None:
         """The same, if the storage was met before."""
         return self._by_storage.get(tensor.untyped_storage()._cdata)
+
+    def set_apart(self, tensor: Tensor) -> None:
+        """A tensor's ``data`` is asked for: it has version 0, of whatever version the tensor is.
+
+        What is known of the tensor's own version 0 is let go of, unless that is what it is at.
+        """
+        if is_plain(tensor):
+            value = self.of(tensor)
+            self.any_apart = value.apart = True
+            if tensor._version:
+                value.forget()
+
+    def before_change(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors are about to be changed: of memory whose versions are counted apart, nothing is known from now on."""
+        for tensor in tensors:
+            value = self.known(tensor) if is_plain(tensor) else None
+            if value is not None and value.apart:
+                value.blurred = True
+                value.forget()
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Note tensors as the user's: the inputs of the model."""

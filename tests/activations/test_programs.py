@@ -1,0 +1,73 @@
+"""Whatever ops come after one another: exact mode gives the plain gradients, and rounding is a small change of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from comparing import compressed, gradients, identical
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+from programs import OPS, Graph, Step
+
+STEPS = st.builds(Step, st.sampled_from(sorted(OPS)), st.booleans(), st.integers(0, 3), st.integers(0, 8))
+PROGRAMS = st.lists(STEPS, min_size=1, max_size=14)
+
+GATHERED = Step("gather", False, 0, 0)
+SEEN_TO_FAIL = {
+    "a gathered row, seen as complex": [GATHERED, Step("absolute", True, 0, 0)],
+    "gathered rows in a complex product": [Step("complex rows", False, 0, 0), Step("complex rows", False, 0, 1)],
+    "what is seen in halves": [GATHERED, Step("multiply", True, 0, 0), Step("by its halves", True, 0, 0)],
+    "written through a view, and then asked for its data": [
+        Step("written through a view", False, 0, 1),
+        Step("data", False, 0, 0),
+    ],
+    "written through its data": [Step("two layers", False, 0, 0), Step("written through data", False, 0, 1)],
+}
+
+
+def _check(program: Sequence[Step]) -> None:
+    graph = Graph()
+
+    def loss() -> torch.Tensor:
+        return graph.run(program)
+
+    try:
+        want = gradients(loss, graph.parameters)
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        reject()  # a plain backward refuses some that write in place
+    for recompute in ("cheap", "aggressive", "off"):
+        got, _ = compressed(loss, graph.parameters, 32, recompute=recompute)
+        assert all(map(identical, got, want)), recompute
+    if not all(torch.isfinite(gradient).all() for gradient in want):
+        return
+    norm = torch.cat([gradient.flatten() for gradient in want]).norm()
+    for bits, most in ((8, 0.2), (2, 3.0)):
+        got, _ = compressed(loss, graph.parameters, bits)
+        assert torch.cat([(a - b).flatten() for a, b in zip(got, want, strict=True)]).norm() <= most * norm, bits
+
+
+@pytest.mark.parametrize("name", SEEN_TO_FAIL)
+def test_programs_that_failed(name: str) -> None:
+    _check(SEEN_TO_FAIL[name])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_each_op_after_another(name: str) -> None:
+    _check([Step("linear", False, 0, 0), Step(name, False, 0, 1), Step("linear", True, 0, 0), Step(name, True, 0, 1)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROGRAMS)
+def test_programs(program: list[Step]) -> None:
+    _check(program)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(PROGRAMS)
+def test_many_programs(program: list[Step]) -> None:
+    _check(program)
