@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.activations.repeatable import COPIED, REPEATABLE, Repeatable
-from lightning_tinykg.activations.storages import is_plain, node_name, tensors_in
+from lightning_tinykg.activations.storages import is_plain, node_name, storage_id, tensors_in
 
 _IN_ORDER = frozenset({"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand"})
 _PERMUTED = frozenset({"T", "Transpose", "Permute"})
@@ -58,6 +58,8 @@ def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[
     step = node.next_functions[place][0]
     argument = _constant(op, attribute, args, made) if step is None else _origin(step, given)
     if argument is None or not is_plain(argument) or argument.device != made.device:
+        return None
+    if storage_id(argument) == storage_id(made):  # nothing was made: it is the argument
         return None
     if argument.shape == made.shape and not made.is_contiguous():  # a transposed one is cast as it lies
         order = sorted(range(made.dim()), key=made.stride, reverse=True)

@@ -177,7 +177,8 @@ OPS: dict[str, Callable[[Graph, Tensor, Tensor], Tensor]] = {
     "gate": lambda g, a, b: torch.sigmoid(a) * b + (1 - torch.sigmoid(a)) * a,
     "bi-interaction": lambda g, a, b: F.leaky_relu(F.linear(a + b, g.weight)) + F.leaky_relu(F.linear(a * b, g.weight)),
     "attention": lambda g, a, b: torch.softmax(a @ b.t() / 4, -1) @ b,
-    "cosine similarity": lambda g, a, b: F.cosine_similarity(a, b, dim=1).unsqueeze(1) * b,
+    # of a row with itself it would be 1, and its gradient 0 by cancellation: noise alone would be left
+    "cosine similarity": lambda g, a, b: F.cosine_similarity(a, b.flip(0), dim=1).unsqueeze(1) * b,
     "distance": lambda g, a, b: (a - b + 1e-6).norm(dim=1, keepdim=True) * a,
     "centred": lambda g, a, b: a - a.mean(1, keepdim=True),
     "by its deviation": lambda g, a, b: a / (a.std(1, keepdim=True) + 1),

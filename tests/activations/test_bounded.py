@@ -52,6 +52,28 @@ def test_fragile_results(name: str, spread: float, bits: int) -> None:
     assert error(FRAGILE[name], wide(spread), bits) < 0.01
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_a_sigmoid_that_is_made_again_is_as_exact_as_what_its_loss_is_given(bits: int) -> None:
+    """TuckER's loss: scores of all entities, so wide that some are 0 or 1 to the last bit, of a few rows that are kept.
+
+    The sigmoid's result is to be made of rows in 8 bits, the cross entropy's input, the same, of exact ones.
+    """
+    draw = torch.Generator().manual_seed(0)
+    entities = torch.randn(3000, 64, generator=draw).requires_grad_()
+    relations = torch.randn(64, 64, 64, generator=draw).requires_grad_()
+    head, target = torch.randint(3000, (64,), generator=draw), torch.rand(64, 3000, generator=draw) < 0.01
+
+    def loss() -> Tensor:
+        x = F.dropout(F.batch_norm(entities[head], None, None, training=True), 0.3)
+        x = torch.bmm(x.unsqueeze(1), F.dropout(relations, 0.4)).squeeze(1)
+        x = F.dropout(F.batch_norm(x, None, None, training=True), 0.5)
+        return F.binary_cross_entropy(torch.sigmoid(x @ entities.t()), target.float())
+
+    want = torch.cat([gradient.flatten() for gradient in gradients(loss, [entities, relations])])
+    got = torch.cat([gradient.flatten() for gradient in compressed(loss, [entities, relations], bits)[0]])
+    assert (got - want).norm() < 0.05 * want.norm()
+
+
 def test_what_only_multiplies_is_rounded() -> None:
     x, h = wide(1.0), wide(1.0)
 

@@ -23,6 +23,10 @@ SEEN_TO_FAIL = {
         Step("written through a view", False, 0, 1),
         Step("data", False, 0, 0),
     ],
+    "written through a view, and then a factor": [
+        Step("written through a view", False, 1, 0),
+        Step("product with the transposed", False, 0, 0),
+    ],
     "written through its data": [Step("two layers", False, 0, 0), Step("written through data", False, 0, 1)],
 }
 

@@ -259,3 +259,16 @@ def test_what_relations_sums_are_made_of_is_kept_once_in_mixed_precision() -> No
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             stored.append(compressed(loss, [a], 8)[1].stored_bytes)
     assert stored[1] <= 1.05 * stored[0]
+
+
+def test_features_that_were_masked_in_place_are_no_copy_of_what_they_were() -> None:
+    """``x = features.clone(); x[masked] = 0``, and a layer: nothing was made within it, and the clone is no more."""
+    layer = nn.Linear(WIDTH, WIDTH)
+
+    def loss() -> Tensor:
+        x = FEATURES.clone()
+        x[FEATURES[:, 0] > 0] = 0.0
+        return weighted(layer(x))
+
+    assert_exact(loss, list(layer.parameters()))
+    assert_exact(loss, list(layer.parameters()), recompute="aggressive")
