@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import suppress
 from typing import Any, cast
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, ROWS
 from lightning_tinykg.activations.rules import ANGLE, SMOOTH, Rule
 from lightning_tinykg.activations.storages import Layout, is_plain, node_name
-from lightning_tinykg.activations.values import Value, Values
+from lightning_tinykg.activations.values import Value
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.activations.within import made_within
 from lightning_tinykg.codecs.affine import FINE_BITS
@@ -36,14 +37,10 @@ class Follower:
         forms: makes the codes of what they start from.
         books: who pays for these.
         widths: in how many bits.
-        values: the storages.
     """
 
-    def __init__(
-        self, recipes: RecipeBook, costs: Costs, forms: Forms, books: Books, widths: Widths, values: Values
-    ) -> None:
+    def __init__(self, recipes: RecipeBook, costs: Costs, forms: Forms, books: Books, widths: Widths) -> None:
         self.recipes = recipes
-        self._values = values
         self._costs = costs
         self._forms = forms
         self._books = books
@@ -73,8 +70,10 @@ class Follower:
             found = self._fragile.pop((of.value, of.version), None)
             saved = None if found is None else found[0]()
             if found is not None and saved is not None and isinstance(saved.kept, Remade):
-                saved.kept.making.saves -= 1
-                saved.fill(self._follow(of, 32, found[1], found[2]))
+                with suppress(_Gone):
+                    exactly = self._follow(of, 32, found[1], found[2])
+                    saved.kept.making.saves -= 1
+                    saved.fill(exactly)
             more = [i.recipe for i in of.ingredients if i.recipe is not None and i.recipe not in seen]
             stack += more
             seen.update(more)
@@ -136,13 +135,13 @@ class Follower:
             return None
         entry.codec = "recipe" if recipe.computes else "gather"
         entry.recipe, entry.work = recipe.text(), int(cost.work)
-        self._values.begin_use()  # it has been counted on
         try:
             kept = self._follow(recipe, least, Layout.of(tensor), entry)
-            if least == 32 and self._fragile:
-                self._make_exactly(recipe)
-        finally:
-            self._values.end_use()
+        except _Gone:
+            entry.recipe, entry.work = "", 0
+            return None
+        if least == 32 and self._fragile:
+            self._make_exactly(recipe)
         return kept
 
     def bytes_exactly(self, tensor: Tensor, own: int) -> float:
@@ -174,7 +173,11 @@ class Follower:
         return self._ingredient(argument, needs[argument], entry, computed)
 
     def _ingredient(self, ingredient: Ingredient, least: int, entry: Entry, computed: bool) -> Kept:
-        """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe."""
+        """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe.
+
+        Raises:
+            _Gone: if it is needed and there is no way to it.
+        """
         tensor, layout = ingredient.tensor(), ingredient.layout
         least = least if ingredient.floating else 32
         record = self._costs.kept(ingredient, least)
@@ -184,7 +187,8 @@ class Follower:
                 record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
         elif record is None:
             if tensor is None or self._costs.of_ingredient(ingredient, least, math.inf, computed=computed).work:
-                assert ingredient.recipe is not None  # it is made again in its turn
+                if ingredient.recipe is None:
+                    raise _Gone
                 return self._follow(ingredient.recipe, least, layout, entry, computed=computed)
             name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
             record = self._forms.value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record
@@ -192,3 +196,7 @@ class Follower:
             self._books.lend(record)
         self._forms.note_rounded(record, layout, ingredient.dtype, entry)
         return Coded(record, layout)
+
+
+class _Gone(Exception):
+    """What something was to be made of was let go of while the rest of it was kept: it is kept itself instead."""

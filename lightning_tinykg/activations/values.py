@@ -100,8 +100,7 @@ class Values:
         self._by_storage: dict[int, Value] = {}
         self.any_apart = False
         self._lingering: deque[tuple[Value, int]] = deque()
-        self._lingering_bytes = self._most_lingering = 0
-        self._in_use = False
+        self._lingering_bytes = 0
 
     def __iter__(self) -> Iterator[Value]:
         return iter(self._by_storage.values())
@@ -128,18 +127,7 @@ class Values:
             self._lingering.append((value, nbytes))
             self._lingering_bytes += nbytes
         value.raw = tensor.detach()
-        self._most_lingering = most
-        if not self._in_use:
-            self._release(most)
-
-    def begin_use(self) -> None:
-        """What is held is made use of: until :meth:`end_use`, none of it is let go of."""
-        self._in_use = True
-
-    def end_use(self) -> None:
-        """It was made use of."""
-        self._in_use = False
-        self._release(self._most_lingering)
+        self._release(most)
 
     def _release(self, most: int) -> None:
         while self._lingering and self._lingering_bytes > most:

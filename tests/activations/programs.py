@@ -166,7 +166,7 @@ OPS: dict[str, Callable[[Graph, Tensor, Tensor], Tensor]] = {
     "two layers": lambda g, a, b: F.linear(F.leaky_relu(F.linear(a, g.weight, g.bias)), g.weight),
     "joined": lambda g, a, b: F.linear(torch.cat([a, b], 1), g.wide),
     "matrices": lambda g, a, b: torch.bmm(a.unsqueeze(1), g.weight.expand(a.shape[0], WIDTH, WIDTH)).squeeze(1),
-    "einsum": lambda g, a, b: torch.einsum("nd,nd->n", a, b).unsqueeze(1) * a,
+    "einsum": lambda g, a, b: torch.einsum("nd,nd->n", a, b).tanh().add(1.5).unsqueeze(1) * a,
     "sum onto a product": lambda g, a, b: torch.addmm(b, a, g.weight),
     "add": lambda g, a, b: a + b,
     "subtract": lambda g, a, b: a - b,
@@ -177,8 +177,8 @@ OPS: dict[str, Callable[[Graph, Tensor, Tensor], Tensor]] = {
     "gate": lambda g, a, b: torch.sigmoid(a) * b + (1 - torch.sigmoid(a)) * a,
     "bi-interaction": lambda g, a, b: F.leaky_relu(F.linear(a + b, g.weight)) + F.leaky_relu(F.linear(a * b, g.weight)),
     "attention": lambda g, a, b: torch.softmax(a @ b.t() / 4, -1) @ b,
-    # of a row with itself it would be 1, and its gradient 0 by cancellation: noise alone would be left
-    "cosine similarity": lambda g, a, b: F.cosine_similarity(a, b.flip(0), dim=1).unsqueeze(1) * b,
+    # 1.5 more, since a second one does not ask how long a row is: if that may be next to nothing, noise alone is left
+    "cosine similarity": lambda g, a, b: (1.5 + F.cosine_similarity(a, b.flip(0), dim=1)).unsqueeze(1) * b,
     "distance": lambda g, a, b: (a - b + 1e-6).norm(dim=1, keepdim=True) * a,
     "centred": lambda g, a, b: a - a.mean(1, keepdim=True),
     "by its deviation": lambda g, a, b: a / (a.std(1, keepdim=True) + 1),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comparing import assert_exact, codecs, made, weighted
+from comparing import assert_exact, codecs, compressed, gradients, made, weighted
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +18,7 @@ from torch_geometric.utils import scatter
 
 from lightning_tinykg import BitPlan, Ledger, compress_activations
 from lightning_tinykg.activations import remaking
+from lightning_tinykg.activations.costs import Cost, Costs
 from lightning_tinykg.activations.repeatable import Repeatable
 from lightning_tinykg.activations.values import Values
 from lightning_tinykg.bits import PlanEntry
@@ -498,6 +499,7 @@ def test_what_follows_a_norm_is_made_of_its_input(name: str, bits: int) -> None:
     again, less = error(function, a, bits)
     assert codecs(less, "Gelu.self") == {"recipe"}
     assert less.stored_bytes < 0.7 * kept.stored_bytes
+    assert "int12" not in {entry.codec for entry in less if entry.stored_bytes}
     assert again < max(1.5 * own, 0.02)
 
 
@@ -936,3 +938,23 @@ def test_an_angle_is_not_made_of_rounded_values(bits: int) -> None:
     own, _ = error(function, x, bits, recompute="off")
     again, _ = error(function, x, bits)
     assert again < 1.25 * own + 1e-6
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_what_is_gone_after_all_is_kept_itself(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts are counted first and kept then, and to keep one may let go of another."""
+    a, b = table(), torch.ones(WIDTH, requires_grad=True)
+
+    def loss() -> Tensor:
+        return weighted(_sum_of_two(a) * b)
+
+    monkeypatch.setattr(Costs, "of_recipe", lambda *args, **options: Cost(0, 0))
+    (_, got), ledger = compressed(loss, [a, b], bits)
+    assert codecs(ledger, "Mul.self") == {"exact" if bits == 32 else "int8"}
+    (_, want) = gradients(loss, [a, b])
+    assert (got - want).norm() <= (0 if bits == 32 else 0.02) * want.norm()
+
+
+def _sum_of_two(x: Tensor) -> Tensor:
+    """Of rows that are gone when it returns."""
+    return made(x).unsqueeze(0) + made(x).unsqueeze(1)
