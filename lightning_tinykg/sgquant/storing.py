@@ -72,6 +72,7 @@ class Packing(Storage):
         self._edges: EdgesByReceiver | None = None
         self._block: Block | None = None
         self._met_before: dict[Spot, int] = {}
+        self._given: Spot | None = None  # what `edge_updater` gives at present
         self._packed: dict[Spot, tuple[Tensor, EdgesByReceiver, PackedFeatures]] = {}
 
     @contextmanager
@@ -154,11 +155,15 @@ class Packing(Storage):
         self._edges, self._block = edges, None
 
     def edge_levels(self, layer: MessagePassing, edges: EdgesByReceiver) -> Sequence[Level] | None:
-        """How the softmax in `edge_update` is stored."""
+        """How the softmax in `edge_update` is stored: in a layer that is called again, that of this call."""
+        assert self._wiring is not None
         path = self._path(layer)
         for spot, site in self.sites.items():
             if spot.layer == path and site.of_edges and site.owner == spot and self._is_result(spot):
-                return None if site.is_whole else site.levels
+                name, _, times = spot.name.partition("#")
+                if int(times or 0) > self._wiring.times.get(spot._replace(name=name), -1):
+                    self._given = spot
+                    return None if site.is_whole else site.levels
         return None
 
     def entering(self, layer: MessagePassing, edges: EdgesByReceiver, block: Block) -> None:
@@ -177,9 +182,8 @@ class Packing(Storage):
 
     def edges_stored(self, layer: MessagePassing, packed: PackedFeatures) -> None:
         """What `edge_updater` gave."""
-        path = self._path(layer)
-        owner = next(s.owner for spot, s in self.sites.items() if spot.layer == path and self._is_result(s.owner))
-        self._noted(owner, packed)
+        assert self._given is not None
+        self._noted(self._given, packed)
 
     def _path(self, layer: MessagePassing) -> str:
         return self._paths[id(layer)]

@@ -110,8 +110,23 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
         "KGATConv": lambda: Net(KGATConv, weight),
         "Sampled": Sampled,
         "LightGCN": Embedded,
+        "GAT, again": lambda: Again(pyg.GATConv(FEATURES, FEATURES // 2, heads=2)),
+        "GATv2, again": lambda: Again(pyg.GATv2Conv(FEATURES, FEATURES)),
     }
     return makers
+
+
+class Again(nn.Module):
+    """One layer, three times, each time with other features: what is stored of it has other ranges."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        for scale in (1.0, 3.0, 9.0):
+            x = self.conv(x * scale, edge_index).relu()
+        return x
 
 
 class LG(nn.Module):
