@@ -124,6 +124,20 @@ def test_rows_of_zeros_stay_finite(scale: Any) -> None:
             assert y[:3].abs().max() < 1e-20
 
 
+@pytest.mark.parametrize("clip", ["learned", "ema"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_embeddings_that_are_all_the_same_stay_finite(bits: int, scale: Any, clip: Any) -> None:
+    """A collapsed encoder's, as deviations from their mean: a step of 0 would make them NaN, and its weights with it."""
+    quantizer, x = Quantizer(bits, scale=scale, group_size=4, clip=clip), torch.zeros(20, 8, requires_grad=True)
+    out = quantizer(x)
+    out.sum().backward()
+    grads = [x.grad, *(parameter.grad for parameter in quantizer.parameters())]
+    assert all(torch.isfinite(tensor).all() for tensor in (out, *grads) if tensor is not None)
+    assert out.abs().max() < 1e-30
+    assert torch.equal(quantizer.eval().encode(x).decode(), quantizer(x))
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("bits", BITS)
 def test_a_learned_clip_finds_the_least_error(bits: int, scale: Any) -> None:
