@@ -128,7 +128,7 @@ def test_rows_of_zeros_stay_finite(scale: Any) -> None:
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_embeddings_that_are_all_the_same_stay_finite(bits: int, scale: Any, clip: Any) -> None:
-    """A collapsed encoder's, as deviations from their mean: a step of 0 would make them NaN, and its weights with it."""
+    """A collapsed encoder's, as deviations from their mean: a step of 0 would make them NaN, its weights too."""
     quantizer, x = Quantizer(bits, scale=scale, group_size=4, clip=clip), torch.zeros(20, 8, requires_grad=True)
     out = quantizer(x)
     out.sum().backward()
