@@ -293,6 +293,23 @@ class RotatE(nn.Module):
         return score
 
 
+class ComplEx(nn.Module):
+    """A bilinear score of complex embeddings, with a nuclear 3-norm as penalty (Lacroix et al., ICML 2018)."""
+
+    def __init__(self, graph: Graph, dim: int) -> None:
+        super().__init__()
+        self.entity = nn.Parameter(torch.randn(graph.num_nodes, dim // 2, 2) / dim**0.5)
+        self.relation = nn.Parameter(torch.randn(graph.num_relations, dim // 2, 2) / dim**0.5)
+
+    def forward(self, head: Tensor, relation: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores `[batch, tails]` of heads and relations `[batch]` with tails `[batch, tails]`, and the penalty."""
+        h = torch.view_as_complex(self.entity[head]).unsqueeze(1)
+        r = torch.view_as_complex(self.relation[relation]).unsqueeze(1)
+        t = torch.view_as_complex(self.entity[tails])
+        score: Tensor = (h * r * t.conj()).real.sum(-1)
+        return score, torch.stack([(z.abs() ** 3).sum(-1).mean() for z in (h, r, t[:, :1])]).sum()
+
+
 class Transformer(nn.Module):
     """A transformer of a user's last 64 items, as in SASRec, of PyTorch's own layers: pre-norm, GELU, dropout."""
 
@@ -387,19 +404,36 @@ def kgin(graph: Graph, dim: int, layers: int) -> Step:
     return Step(model, loss)
 
 
+def _with_negatives(graph: Graph, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads and relations of so many edges, and their tails, each with eight others."""
+    (head, tail), relation = graph.edge_index[:, :count], graph.edge_type[:count]
+    shifts = torch.arange(8, device=head.device).unsqueeze(0) * 97
+    return head, relation, torch.cat([tail.unsqueeze(1), (tail.unsqueeze(1) + 1 + shifts) % graph.num_nodes], dim=1)
+
+
 def rotate(graph: Graph, dim: int, layers: int) -> Step:
     """Of four times as many edges as there are triples, each with eight negative tails."""
     model = RotatE(graph, dim)
     count = min(4 * graph.triples.shape[1], graph.edge_index.shape[1])
 
     def loss() -> Tensor:
-        (head, tail), relation = graph.edge_index[:, :count], graph.edge_type[:count]
-        shifts = torch.arange(8, device=head.device).unsqueeze(0) * 97
-        tails = torch.cat([tail.unsqueeze(1), (tail.unsqueeze(1) + 1 + shifts) % graph.num_nodes], dim=1)
-        scores = model(head, relation, tails)
+        scores = model(*_with_negatives(graph, count))
         weight = scores[:, 1:].softmax(1).detach()
         positive, negatives = F.logsigmoid(scores[:, 0]), F.logsigmoid(-scores[:, 1:])
         value: Tensor = -positive.mean() - (weight * negatives).sum(1).mean()
+        return value
+
+    return Step(model, loss)
+
+
+def complex_(graph: Graph, dim: int, layers: int) -> Step:
+    """Of as many edges as `rotate`."""
+    model = ComplEx(graph, dim)
+    count = min(4 * graph.triples.shape[1], graph.edge_index.shape[1])
+
+    def loss() -> Tensor:
+        scores, penalty = model(*_with_negatives(graph, count))
+        value: Tensor = F.softplus(-scores[:, 0]).mean() + F.softplus(scores[:, 1:]).mean() + 0.01 * penalty
         return value
 
     return Step(model, loss)
@@ -430,6 +464,7 @@ STEPS: dict[str, Callable[[Graph, int, int], Step]] = {
     "ripplenet": ripplenet,
     "kgin": kgin,
     "rotate": rotate,
+    "complex": complex_,
     "transformer": transformer,
 }
 """By name: a function of the graph, the width and the number of layers."""

@@ -237,9 +237,10 @@ class Keeper:
             return Levels(ShapeCode(tensor.numel(), tensor.dtype, tensor.device), Layout.of(tensor))
         if tensor.is_complex():  # by its real and imaginary parts, which are floats like others, and made like others
             rule = rule if rule in (LINEAR, MASK) else EXACT
-            if tensor.dim() and tensor.is_contiguous() and tensor.nbytes >= self._min_bytes:
+            if tensor.dim() and tensor.stride(-1) == 1 and tensor.nbytes >= self._min_bytes:
                 parts = torch.view_as_real(tensor.detach()).flatten(-2)
-                return AsComplex(self._choose(parts, rule, entry, op, node, computes), tensor.stride())
+                stride = tensor.stride() if tensor.is_contiguous() else None
+                return AsComplex(self._choose(parts, rule, entry, op, node, computes), stride)
         factor_of = None
         if rule is MASK:
             rule, factor_of = LINEAR, node._sequence_nr()

@@ -137,20 +137,20 @@ class Levels:
 
 @dataclass(slots=True)
 class AsComplex:
-    """A contiguous complex tensor, by its real and imaginary parts.
+    """A complex tensor whose rows are contiguous, by its real and imaginary parts.
 
     Attributes:
         kept: what is kept of these, which alternate in the last dimension.
-        stride: its strides, of which those of dimensions of size 1 may be any.
+        stride: if it is contiguous: its strides, of which those of dimensions of size 1 may be any.
     """
 
     kept: Kept
-    stride: tuple[int, ...]
+    stride: tuple[int, ...] | None
 
     def restore(self, workspace: Workspace) -> Tensor:
         """The complex tensor."""
         made = torch.view_as_complex(self.kept.restore(workspace).unflatten(-1, (-1, 2)))
-        return made.as_strided(made.shape, self.stride)
+        return made if self.stride is None else made.as_strided(made.shape, self.stride)
 
 
 @dataclass(slots=True)

@@ -182,6 +182,8 @@ OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sparse mm": lambda a, b: torch.sparse.mm(_adjacency(), a * b),
     "fft": lambda a, b: torch.fft.irfft(torch.fft.rfft(a) * torch.fft.rfft(b)),
     "complex": lambda a, b: torch.view_as_real(_complex(a) * _complex(b)),
+    "complex slices": lambda a, b: torch.view_as_real(_rows(a)[:, 1:3] * _rows(b)[:, 2:4]),
+    "complex slices of gathered rows": lambda a, b: _rows(a[INDEX])[:, 1:3].abs() * _rows(b[TARGET])[:, :1].abs(),
     "svd": lambda a, b: torch.linalg.svdvals(a),
     "inverse": lambda a, b: torch.linalg.inv(a[:WIDTH] @ b[:WIDTH].t() + 50 * torch.eye(WIDTH)),
     "unfold": lambda a, b: a.unfold(1, 4, 2).prod(-1),
@@ -194,6 +196,10 @@ OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def _complex(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.view(-1, 2))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.reshape(len(x), -1, 2))
 
 
 def _adjacency() -> Tensor:
