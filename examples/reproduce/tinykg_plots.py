@@ -85,7 +85,7 @@ def plot(rows: dict[str, list[dict[str, Any]]], metric: str, name: str, path: Pa
 
 
 def plot_tuning(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw what each trial of a search reached by its learning rate and its L2; the config is a star.
+    """Draw what each trial of a search reached by its learning rate and its L2; what was chosen by hand is a star.
 
     Args:
         rows: the trials of all models.
@@ -102,7 +102,7 @@ def plot_tuning(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xlabel(setting)
     axes.legend(fontsize=7, frameon=False)
-    figure.suptitle("best validation Recall@20 of each trial; the config is a star", fontsize=10)
+    figure.suptitle("best validation Recall@20 of each trial; a star: chosen by hand", fontsize=10)
     _save(figure, path)
 
 

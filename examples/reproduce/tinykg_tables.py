@@ -93,22 +93,22 @@ def table(rows: list[Row]) -> str:
 
 
 def tuning_table(rows: list[Row]) -> str:
-    """What a random search found for each model: the config, which is trial 0, beside the best, in Markdown.
+    """What a random search found for each model: trial 0, which was chosen by hand, beside the best, in Markdown.
 
     Example:
         >>> run = {"model": "kgat", "set": "music", "tuned": {"lr": 0.01}}
         >>> print(tuning_table([run | {"trial": 0, "best": 0.3}, run | {"trial": 1, "best": 0.2}]).splitlines()[-1])
         | kgat on music | 2 | 0.3000 | 1 | lr 0.01 | 0.3000 | lr 0.01 |
     """
-    names = ["model", "trials", "the config's", "its place", "its settings", "the best", "its settings"]
+    names = ["model", "trials", "by hand", "its place", "its settings", "the best", "its settings"]
     lines = [names, ["---" if name in ("model", "its settings") else "---:" for name in names]]
     for model, of in dict.fromkeys((row["model"], row["set"]) for row in rows):
         own = [row for row in rows if (row["model"], row["set"]) == (model, of)]
-        config = next(row for row in own if row["trial"] == 0)
+        by_hand = next(row for row in own if row["trial"] == 0)
         best = max(own, key=lambda row: row["best"])
-        place = 1 + sum(row["best"] > config["best"] for row in own)
-        said = [", ".join(f"{name} {value}" for name, value in row["tuned"].items()) for row in (config, best)]
-        found = f"{config['best']:.4f}", str(place), said[0], f"{best['best']:.4f}", said[1]
+        place = 1 + sum(row["best"] > by_hand["best"] for row in own)
+        said = [", ".join(f"{name} {value}" for name, value in row["tuned"].items()) for row in (by_hand, best)]
+        found = f"{by_hand['best']:.4f}", str(place), said[0], f"{best['best']:.4f}", said[1]
         lines.append([f"{model} on {of}", str(len(own)), *found])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,17 +1,17 @@
 """How good can the uncompressed models be? A random search of the same size for each, judged on the validation set.
 
-    python examples/reproduce/tuning.py --data PATH/TO/DATA --models kgat lightgcn bprmf --trials 12
+    python examples/reproduce/tuning.py --data PATH/TO/DATA --models kgat lightgcn bprmf --trials 18
 
-Trial 0 is the model's config in `examples/configs`, each other one draws its settings from `SPACES`, all else as in the
-config. All trials have seed 0 and are never tested: what a table tests is the config, at every width, since the widths
-are not tuned for themselves. A finished trial is a line of `OUT/tuning.jsonl` and is not repeated; an interrupted call
-can simply be made again. `examples/reproduce/tinykg.py --render` shows the table.
+Trial 0 has the settings that had been chosen by hand (`BY_HAND`), each other one draws its own from `SPACES`; all else
+is as in the model's config in `examples/configs`. All trials have seed 0 and are never tested: what a table tests is
+the config, at every width, since the widths are not tuned for themselves. A finished trial is a line of
+`OUT/tuning.jsonl` and is not repeated; an interrupted call can simply be made again.
+`examples/reproduce/tinykg.py --render` shows the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import random
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tinykg import RESULTS
 from tinykg_runs import Case, Runner
 from tinykg_tables import keep, read, tuning_table
-
-from lightning_tinykg import models
 
 Space = dict[str, tuple[float, float] | list[Any]]
 
@@ -36,18 +34,24 @@ SPACES: dict[str, Space] = {
 }
 """By model: the ends of what is drawn by its logarithm, or the choices."""
 
+BY_HAND: dict[str, dict[str, Any]] = {
+    "kgat": {"lr": 0.005, "l2": 0.03, "dropout": 0.1, "layer_dims": [64, 32, 16]},
+    "lightgcn": {"lr": 0.005, "l2": 0.0001, "num_layers": 3},
+    "bprmf": {"lr": 0.005, "l2": 0.03},
+}
+
 
 def drawn(model: str, trial: int) -> dict[str, Any]:
-    """What a trial has other than the config.
+    """The settings of a trial.
 
     Example:
-        >>> drawn("kgat", 0)
-        {}
+        >>> drawn("bprmf", 0)
+        {'lr': 0.005, 'l2': 0.03}
         >>> sorted(drawn("lightgcn", 1)) == ["l2", "lr", "num_layers"], drawn("kgat", 2) == drawn("kgat", 2)
         (True, True)
     """
     if trial == 0:
-        return {}
+        return BY_HAND[model]
     draw = random.Random(f"{model} {trial}")
 
     def one(choices: tuple[float, float] | list[Any]) -> Any:
@@ -64,7 +68,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the data sets' folders")
     parser.add_argument("--models", nargs="+", choices=list(SPACES), default=list(SPACES))
     parser.add_argument("--set", default="music", help="music, ml-1m, last-fm, or synthetic:SIZE")
-    parser.add_argument("--trials", type=int, default=12, help="for each model, the config among them")
+    parser.add_argument("--trials", type=int, default=18, help="for each model, the one by hand among them")
     parser.add_argument("--epochs", type=int, help="at most, instead of the config's")
     parser.add_argument("--patience", type=int, default=20, help="validations without a better score")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are kept")
@@ -81,15 +85,13 @@ def main() -> None:
             case = Case(model, args.set)
             settings = case.settings("none", args.epochs, args.patience)
             name, options = settings["model"]
-            settings["model"] = [name, options | drawn(model, trial)]
+            tuned = drawn(model, trial)
+            settings["model"] = [name, options | tuned]
             key = {"model": model, "set": args.set, "trial": trial}
             rows = [row for row in read(path) if all(row[field] == value for field, value in key.items())]
             if rows and rows[0]["settings"] != settings:
                 raise SystemExit(f"{path}: trial {trial} of {model} was made with other settings: choose another --out")
             if not rows:
-                parameters = inspect.signature(getattr(models, name)).parameters
-                given = settings["model"][1]
-                tuned = {field: given.get(field, parameters[field].default) for field in SPACES[model]}
                 result = runner.run(case, "none", 0, settings, tests=False)
                 keep(path, key | {"tuned": tuned} | result | {"settings": settings})
     console.print(tuning_table(read(path)), markup=False, soft_wrap=True)
