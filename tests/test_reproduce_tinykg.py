@@ -211,7 +211,7 @@ def test_a_run_in_weights_and_biases(
 def test_each_model_is_searched_as_often(
     modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was chosen by hand is the first trial, no trial is tested, a finished one is not repeated, and the page shows them."""
+    """By hand first; no trial is tested, a finished one is not repeated, and the page shows them."""
     tuning = importlib.import_module("tuning")
     assert doctest.testmod(tuning).failed == 0
     options = ("--data", ".", "--set", DATA, "--models", "lightgcn", "bprmf", "--epochs", "1", "--out", str(tmp_path))

@@ -38,7 +38,7 @@ class Function:
         name: its name, as the ledger and the rules have it.
         asks: whether it only tells something of a tensor: its size, its dtype.
         reads: whether it is an attribute's getter, which saves nothing.
-        gives_data: whether it is the getter of ``data``, which gives the same memory with a version of its own.
+        of_data: whether it gets or sets ``data``: two tensors have the same memory then, and versions of their own.
         backward: whether it runs a backward.
         may_write: whether it changes an argument, or can be told to by position.
         in_place: whether it changes its first argument.
@@ -51,7 +51,7 @@ class Function:
     name: str
     asks: bool
     reads: bool
-    gives_data: bool
+    of_data: bool
     backward: bool
     may_write: bool
     in_place: bool
@@ -94,12 +94,13 @@ def function_of(func: Any) -> Function:
     inplace_at = None if name.startswith("__") else _place_of_inplace(func)
     renormalizes = name == "embedding"
     amplified = amplified_by(name)
-    attribute = getattr(getattr(func, "__self__", None), "__name__", "") if reads else ""
+    accesses = reads or name == "__set__"
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "") if accesses else ""
     return Function(
         name=getattr(func, "__name__", ""),
-        asks=name in _ASKS or attribute in _ATTRIBUTES,
+        asks=name in _ASKS or (reads and attribute in _ATTRIBUTES),
         reads=reads,
-        gives_data=attribute == "data",
+        of_data=attribute == "data",
         backward=func in _BACKWARDS,
         may_write=in_place or renormalizes or inplace_at is not None,
         in_place=in_place,

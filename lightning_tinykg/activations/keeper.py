@@ -131,8 +131,8 @@ class Keeper:
             written = tensors_in(function.written(args, kwargs))
             changes.before_change(written)
             self.values.before_change(written)
-        elif function.gives_data:
-            self.values.set_apart(args[0])
+        elif function.of_data:
+            self.values.set_apart(args)
         if self._fragile and function.amplifies:
             self._keep_fragile(tensors_in(function.amplified.of(args, kwargs)))
 
@@ -237,9 +237,10 @@ class Keeper:
             return Levels(ShapeCode(tensor.numel(), tensor.dtype, tensor.device), Layout.of(tensor))
         if tensor.is_complex():  # by its real and imaginary parts, which are floats like others, and made like others
             rule = rule if rule in (LINEAR, MASK) else EXACT
-            if tensor.dim() and tensor.stride(-1) == 1 and tensor.nbytes >= self._min_bytes:
+            contiguous = tensor.is_contiguous()
+            if tensor.dim() and (contiguous or tensor.stride(-1) == 1) and tensor.nbytes >= self._min_bytes:
                 parts = torch.view_as_real(tensor.detach()).flatten(-2)
-                stride = tensor.stride() if tensor.is_contiguous() else None
+                stride = tensor.stride() if contiguous else None
                 return AsComplex(self._choose(parts, rule, entry, op, node, computes), stride)
         factor_of = None
         if rule is MASK:

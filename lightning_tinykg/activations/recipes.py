@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.activations.repeatable import FLOPS_PER_BYTE, REPEATABLE, SAME, Repeatable
-from lightning_tinykg.activations.storages import Layout, is_freed, is_plain
+from lightning_tinykg.activations.storages import Layout, is_freed, is_plain, storage_id
 from lightning_tinykg.activations.values import Value, Values
 
 if TYPE_CHECKING:
@@ -66,11 +66,12 @@ class Ingredient:
         """The tensor, or the one that it is a view of, if it is still there and still what it was."""
         base = self.find()
         base = self.value.raw if base is None else base
+        if base is None or base._version != self.version or base.dtype is not self.dtype:
+            return None
         if self.value.blurred and not self.free:
             return None
-        if base is None or base._version != self.version or base.dtype is not self.dtype or is_freed(base):
-            return None
-        return base
+        # given other data it is what it was by name only
+        return None if storage_id(base) != self.value.storage.cdata or is_freed(base) else base
 
     def tensor(self) -> Tensor | None:
         """The tensor, if it is still there and still what it was."""

@@ -151,12 +151,12 @@ class Values:
         """The same, if the storage was met before."""
         return self._by_storage.get(tensor.untyped_storage()._cdata)
 
-    def set_apart(self, tensor: Tensor) -> None:
-        """A tensor's ``data`` is asked for: it has version 0, of whatever version the tensor is.
+    def set_apart(self, tensors: Iterable[Tensor]) -> None:
+        """A tensor's ``data`` is asked for, which has version 0 of whatever version the tensor is; or it is set.
 
         What is known of the tensor's own version 0 is let go of, unless that is what it is at.
         """
-        if is_plain(tensor):
+        for tensor in filter(is_plain, tensors):
             value = self.of(tensor)
             self.any_apart = value.apart = True
             if tensor._version:

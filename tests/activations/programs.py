@@ -115,6 +115,13 @@ def _written_through_data(a: Tensor, b: Tensor) -> Tensor:
     return made * torch.tanh(made)
 
 
+def _given_other_data(a: Tensor, b: Tensor) -> Tensor:
+    other, twin = b.detach() * 2, torch.zeros_like(b)
+    twin.data = other
+    twin.mul_(3.0)
+    return other * torch.tanh(a)
+
+
 def _kept_and_written(a: Tensor, b: Tensor) -> Tensor:
     made = a * 1.5
     shares = made.exp().clamp(max=3.0)
@@ -222,6 +229,7 @@ OPS: dict[str, Callable[[Graph, Tensor, Tensor], Tensor]] = {
     "written through data": lambda g, a, b: _written_through_data(a, b),
     "kept and written": lambda g, a, b: _kept_and_written(a, b),
     "data": lambda g, a, b: a * b.data,
+    "given other data": lambda g, a, b: _given_other_data(a, b),
     "detached": lambda g, a, b: a.detach() * b,
     "straight through": lambda g, a, b: a + (a.round() - a).detach(),
     "by its bits": lambda g, a, b: _by_bits(a),
