@@ -39,7 +39,8 @@ def test_memory_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     for step in steps:
         assert by[step, "exact"]["equal"], f"{step}: exact mode is not exact"
         assert by[step, "exact"]["ratio"] >= 1
-        assert 0 < by[step, "rules"]["error"] < by[step, "paper"]["error"]
+        if step != "complex":  # whose numbers the paper's recipe leaves as they are
+            assert 0 < by[step, "rules"]["error"] < by[step, "paper"]["error"]
         assert by[step, "rules"]["raw_mib"] == pytest.approx(by[step, "paper"]["raw_mib"])
 
 

@@ -19,7 +19,7 @@ from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, ROWS
 from lightning_tinykg.activations.rules import ANGLE, SMOOTH, Rule
 from lightning_tinykg.activations.storages import Layout, is_plain, node_name
-from lightning_tinykg.activations.values import Value
+from lightning_tinykg.activations.values import Value, Values
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.activations.within import made_within
 from lightning_tinykg.codecs.affine import FINE_BITS
@@ -37,10 +37,14 @@ class Follower:
         forms: makes the codes of what they start from.
         books: who pays for these.
         widths: in how many bits.
+        values: the storages.
     """
 
-    def __init__(self, recipes: RecipeBook, costs: Costs, forms: Forms, books: Books, widths: Widths) -> None:
+    def __init__(
+        self, recipes: RecipeBook, costs: Costs, forms: Forms, books: Books, widths: Widths, values: Values
+    ) -> None:
         self.recipes = recipes
+        self._values = values
         self._costs = costs
         self._forms = forms
         self._books = books
@@ -135,13 +139,16 @@ class Follower:
             return None
         entry.codec = "recipe" if recipe.computes else "gather"
         entry.recipe, entry.work = recipe.text(), int(cost.work)
+        self._values.begin_use()  # it has been counted on
         try:
             kept = self._follow(recipe, least, Layout.of(tensor), entry)
+            if least == 32 and self._fragile:
+                self._make_exactly(recipe)
         except _Gone:
             entry.recipe, entry.work = "", 0
             return None
-        if least == 32 and self._fragile:
-            self._make_exactly(recipe)
+        finally:
+            self._values.end_use()
         return kept
 
     def bytes_exactly(self, tensor: Tensor, own: int) -> float:

@@ -118,7 +118,7 @@ class Keeper:
         self._follower: Follower | None = None
         if by_rules and recompute != "off":
             recipes, costs = RecipeBook(self.values, min_bytes), Costs(self.widths, recompute)
-            self._follower = Follower(recipes, costs, self.forms, self._books, self.widths)
+            self._follower = Follower(recipes, costs, self.forms, self._books, self.widths, self.values)
         self._comparer = Comparer(self.values, self.forms, self.widths, self._follower, min_bytes)
         self._fragile: WeakValueDictionary[int, Record] = WeakValueDictionary()
 

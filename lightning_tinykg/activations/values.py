@@ -100,7 +100,8 @@ class Values:
         self._by_storage: dict[int, Value] = {}
         self.any_apart = False
         self._lingering: deque[tuple[Value, int]] = deque()
-        self._lingering_bytes = 0
+        self._lingering_bytes = self._most_lingering = 0
+        self._in_use = False
 
     def __iter__(self) -> Iterator[Value]:
         return iter(self._by_storage.values())
@@ -127,7 +128,18 @@ class Values:
             self._lingering.append((value, nbytes))
             self._lingering_bytes += nbytes
         value.raw = tensor.detach()
-        self._release(most)
+        self._most_lingering = most
+        if not self._in_use:
+            self._release(most)
+
+    def begin_use(self) -> None:
+        """What is held is made use of: until :meth:`end_use`, none of it is let go of."""
+        self._in_use = True
+
+    def end_use(self) -> None:
+        """It was made use of."""
+        self._in_use = False
+        self._release(self._most_lingering)
 
     def _release(self, most: int) -> None:
         while self._lingering and self._lingering_bytes > most:
