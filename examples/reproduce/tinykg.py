@@ -22,7 +22,7 @@ from reporting import silence
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tinykg_runs import CONFIGS, Case, Runner
-from tinykg_tables import keep, read, render, table
+from tinykg_tables import is_kept, keep, read, render, table
 from tinykg_ways import WAYS
 from tinykg_ways import settings as way_settings
 
@@ -76,10 +76,7 @@ def run_all(args: argparse.Namespace, console: Console) -> None:
             path = args.out / case.file
             key = {"model": case.model, "set": case.set, "way": way, "seed": seed}
             settings = case.settings(way, args.epochs, args.patience)
-            rows = [row for row in read(path) if all(row[name] == value for name, value in key.items())]
-            if rows and rows[0]["settings"] != settings:
-                raise SystemExit(f"{path}: {way}, seed {seed} was made with other settings: choose another --out")
-            if not rows:
+            if not is_kept(path, key, settings, f"{way}, seed {seed}"):
                 logger: Any = wandb_logger(case, way, seed, settings, args.wandb, args.out) if args.wandb else False
                 row = key | runner.run(case, way, seed, settings, logger) | {"settings": settings}
                 keep(path, row)

@@ -31,6 +31,24 @@ def keep(path: Path, row: Row) -> None:
     new.rename(path)
 
 
+def is_kept(path: Path, key: Row, settings: Row, name: str) -> bool:
+    """Whether a run is among the kept ones.
+
+    Args:
+        path: the file they are kept in.
+        key: what tells it from the others.
+        settings: what it would be made with.
+        name: what it is called.
+
+    Raises:
+        SystemExit: if it was made with other settings.
+    """
+    rows = [row for row in read(path) if all(row[field] == value for field, value in key.items())]
+    if rows and rows[0]["settings"] != settings:
+        raise SystemExit(f"{path}: {name} was made with other settings: choose another --out")
+    return bool(rows)
+
+
 def by_way(rows: list[Row]) -> dict[str, list[Row]]:
     """The runs of each way, in the order of the table."""
     ways = sorted({row["way"] for row in rows}, key=WAYS.index)

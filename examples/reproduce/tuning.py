@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tinykg import RESULTS
 from tinykg_runs import Case, Runner
-from tinykg_tables import keep, read, tuning_table
+from tinykg_tables import is_kept, keep, read, tuning_table
 
 Space = dict[str, tuple[float, float] | list[Any]]
 
@@ -88,10 +88,7 @@ def main() -> None:
             tuned = drawn(model, trial)
             settings["model"] = [name, options | tuned]
             key = {"model": model, "set": args.set, "trial": trial}
-            rows = [row for row in read(path) if all(row[field] == value for field, value in key.items())]
-            if rows and rows[0]["settings"] != settings:
-                raise SystemExit(f"{path}: trial {trial} of {model} was made with other settings: choose another --out")
-            if not rows:
+            if not is_kept(path, key, settings, f"trial {trial} of {model}"):
                 result = runner.run(case, "none", 0, settings, tests=False)
                 keep(path, key | {"tuned": tuned} | result | {"settings": settings})
     console.print(tuning_table(read(path)), markup=False, soft_wrap=True)

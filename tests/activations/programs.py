@@ -33,7 +33,10 @@ class Graph:
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
-        draw = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731  # said once, used nine times
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator)
+
         self.source = torch.randint(NODES, (EDGES,), generator=generator)
         self.target = torch.randint(NODES, (EDGES,), generator=generator)
         self.mask = torch.rand(EDGES, generator=generator) < 0.6
@@ -56,10 +59,10 @@ class Graph:
             if spread > 2:
                 made = made / spread
             (of_edges if made.shape[0] == EDGES else of_nodes).append(made)
-        return torch.stack(
-            [(result * like + result.square()).sum() for results in (of_nodes, of_edges) for result in results[2:]
-             for like in self.constants if like.shape == result.shape] + [self.x.sum()]
-        ).sum()  # fmt: skip
+        value = self.x.sum()
+        for results, like in zip((of_nodes, of_edges), self.constants, strict=True):
+            value = value + sum((result * like + result.square()).sum() for result in results[2:])
+        return value
 
     def to_edges(self, a: Tensor) -> Tensor:
         """Rows of nodes for each edge; those of edges as they are."""
