@@ -188,7 +188,7 @@ class BlockedLayer:
                     out = part.new_empty(shape)
                 else:
                     run = run_of(shape[1:].numel())
-                    out = PackedFeatures.empty(shape, levels, edges.edge_order, part.device, run, edges.starts)
+                    out = PackedFeatures.empty(shape, levels, edges.edge_order, part.device, run, edges)
                     writer = RunWriter(out, levels)
             if writer is not None:
                 writer.write(part)
@@ -284,7 +284,7 @@ class BlockedLayer:
     def _edges(self, edge_index: Tensor, sizes: list[int]) -> EdgesByReceiver:
         count = sizes[self._receiving]
         order = self.storage.order(self.layer, edge_index, self._receiving, count)
-        return self.cache.of(edge_index, self._receiving, count, order)
+        return self.cache.of(edge_index, self._receiving, count, order, one_kind=sizes[0] == sizes[1])
 
     def _examined(
         self, edge_index: Any, size: Any, kwargs: Mapping[str, Any], functions: Sequence[str]

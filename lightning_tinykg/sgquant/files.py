@@ -28,8 +28,8 @@ __all__ = [
     "write_folder",
 ]
 
-FORMAT, VERSION = "lightning_tinykg.sgquant", 2
-READS = (1, VERSION)
+FORMAT, VERSION = "lightning_tinykg.sgquant", 3
+READS = (1, 2, VERSION)
 CARD, TENSORS = "card.json", "tensors.safetensors"
 
 
@@ -92,7 +92,7 @@ def tensors_of(name: str, packed: PackedFeatures) -> dict[str, Tensor]:
     if packed.order is not None:
         tensors[f"{name}.slot"] = packed.order.slots(slice(None))
     if packed.shares is not None:
-        tensors[f"{name}.starts"] = packed.shares.starts
+        tensors |= {f"{name}.{key}": tensor for key, tensor in packed.shares.tensors().items()}
     return tensors
 
 
@@ -123,7 +123,8 @@ def restore(name: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -
         order = None if said["counts"] is None else RowOrder(said["counts"], slot=tensors[f"{name}.slot"])
         shares = None
         if said.get("shares") is not None:  # which the first version of the format does not know
-            shares = Shares(tensors[f"{name}.starts"], tuple(said["shares"]))
+            keys = [key for key in Shares._fields if f"{name}.{key}" in tensors]
+            shares = Shares(tuple(said["shares"]), **{key: tensors[f"{name}.{key}"] for key in keys})
         return PackedFeatures(parts, order, row_shape, said["run"], rows, shares)
     except (KeyError, ValueError, TypeError) as error:
         raise PackedFileError(f"{name}: card and tensors do not belong together: {error}") from None

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from lightning_tinykg.codecs.rows import PackedRows, row_chunks
 from lightning_tinykg.sgquant.order import RowOrder
 from lightning_tinykg.sgquant.quantize import Level
+from lightning_tinykg.sgquant.receivers import EdgesByReceiver
 from lightning_tinykg.sgquant.runs import RunWriter
 from lightning_tinykg.sgquant.shares import Shares
 
@@ -38,7 +39,7 @@ class PackedFeatures(torch.Tensor):
         run: How many rows lie in one row of a part. Rows of a few elements, such as the attention of an edge, fill
             whole bytes together only; they are made, and decoded, in their order.
         rows: How many there are; needed if there are runs and no order.
-        shares: Of rows that are edges: which parts are stored as multiples of an even share.
+        shares: Of rows that are edges: which parts are stored as multiples of a share.
 
     Raises:
         ValueError: If parts, order and shape do not belong together.
@@ -95,7 +96,7 @@ class PackedFeatures(torch.Tensor):
         order: RowOrder | None = None,
         device: torch.device | str = "cpu",
         run: int = 1,
-        starts: Tensor | None = None,
+        edges: EdgesByReceiver | None = None,
     ) -> PackedFeatures:
         """Room for rows, to be filled by `store`, such as those of a file that is read in pieces.
 
@@ -105,7 +106,7 @@ class PackedFeatures(torch.Tensor):
             order: Which row is where; `None`: one part.
             device: Where.
             run: See the class; such rows are filled by a `RunWriter`.
-            starts: See `Shares`; needed if a level is by share, not used otherwise.
+            edges: The edges that the rows are of; needed if a level has a share, not used otherwise.
 
         Raises:
             ValueError: If the levels do not fit.
@@ -116,10 +117,10 @@ class PackedFeatures(torch.Tensor):
             raise ValueError(f"levels and order must be of {shape[0]} rows, got {len(levels)} levels for {counts}")
         dim = prod(row_shape) * run
         shares = None
-        if any(level.by_share for level in levels):
-            if starts is None:
-                raise ValueError("starts must be given for levels by share, got None")
-            shares = Shares(starts, tuple(level.by_share for level in levels))
+        if any(level.share for level in levels):
+            if edges is None:
+                raise ValueError("edges must be given for levels with a share, got None")
+            shares = Shares.of(tuple(level.share for level in levels), edges)
         parts = [_room(level, -(-count // run), dim, device) for level, count in zip(levels, counts, strict=True)]
         return cls(parts, order, row_shape, run, shape[0], shares)
 
@@ -130,10 +131,10 @@ class PackedFeatures(torch.Tensor):
         levels: Sequence[Level],
         order: RowOrder | None = None,
         run: int = 1,
-        starts: Tensor | None = None,
+        edges: EdgesByReceiver | None = None,
     ) -> PackedFeatures:
         """The codes of a tensor, some rows at a time: nothing as large as `x` is made."""
-        packed = cls.empty(x.shape, levels, order, x.device, run, starts)
+        packed = cls.empty(x.shape, levels, order, x.device, run, edges)
         writer = RunWriter(packed, levels) if run > 1 else None
         by_slot = order is not None and (order.row is not None or run > 1)
         for part in row_chunks(x.size(0), prod(packed.row_shape), x.device):
@@ -207,15 +208,15 @@ class PackedFeatures(torch.Tensor):
     def divisors(self, slots: Tensor | slice) -> Tensor | None:
         """What is read in each slot is divided by, and what is stored multiplied: float32 `[k, 1]`; `None`: by nothing.
 
-        Of shares the degree of the edge's receiver, of other rows 1, which changes no bit.
+        Of shares what `Shares.divisors` gives, of other rows 1, which changes no bit.
         """
         if self.shares is None:
             return None
         if isinstance(slots, slice):
             slots = slice(*slots.indices(self.size(0)))
-            divisor = self.shares.degrees(torch.arange(slots.start, slots.stop, device=self.device))
+            divisor = self.shares.divisors(torch.arange(slots.start, slots.stop, device=self.device))
         else:
-            divisor = self.shares.degrees(slots)
+            divisor = self.shares.divisors(slots)
         for number, which, _ in self.slots_by_part(slots):
             if not self.shares.parts[number]:
                 divisor[slice(None) if which is None else which] = 1

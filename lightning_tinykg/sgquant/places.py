@@ -135,9 +135,9 @@ class Places:
         if granularity == "channel" and owner.observed.has_channels:
             return Level(bits, *owner.observed.ends_of_channels(bits))
         by_bucket = granularity == "bucket" or (granularity == "node" and self.granularity == "node")
-        by_share = owner.shares is not None and bits in owner.share_widths
-        seen = owner.shares if owner.shares is not None and by_share else owner.observed
-        return Level(bits, *seen.ends(bucket if by_bucket else None, bits), by_share=by_share)
+        share = owner.share if bits in owner.share_widths else ""
+        seen = owner.shares if owner.shares is not None and share else owner.observed
+        return Level(bits, *seen.ends(bucket if by_bucket else None, bits), share)
 
     @property
     def is_calibrated(self) -> bool:

@@ -6,7 +6,7 @@ as floats again ("re-matching" in SGQuant; Feng et al., arXiv 2007.05100).
 
 Coefficients that sum to 1 over the edges of a receiver, as a softmax gives them, are about `1 / degree`: with one range
 for all of them most would lie within the first step. They are quantized as multiples of that even share, `x * degree`,
-and divided by the degree again, which the graph tells and which takes no byte.
+and divided by the degree again, which the graph tells and which takes no byte; see `shares.py`.
 
 The gradient is the straight-through estimator's with a clip mask: it passes where `zero <= x <= zero + scale * (2**b
 - 1)`, and is 0 beyond, where moving `x` would change nothing.
@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_tinykg.codecs.uniform import affine, code_units, nearest_codes, spread
 from lightning_tinykg.sgquant.ranges import range_of_rows, scale_of
+from lightning_tinykg.sgquant.shares import Share
 
 __all__ = ["Level", "fake_quantize"]
 
@@ -35,13 +36,13 @@ class Level(NamedTuple):
         bits: 1 to 8 or 16; 32: as they are.
         low: Least value of the range, or of each channel's; `None`: each row has its own range.
         high: Its greatest value, or each channel's.
-        by_share: Whether rows are edges whose values are quantized as multiples of an even share, `1 / degree`.
+        share: Of rows that are edges: of what their values are quantized as multiples.
     """
 
     bits: int
     low: float | tuple[float, ...] | None = None
     high: float | tuple[float, ...] | None = None
-    by_share: bool = False
+    share: Share = ""
 
     @property
     def per_row(self) -> bool:
@@ -77,7 +78,7 @@ def fake_quantize(
     levels: Sequence[Level],
     bucket: Tensor | None = None,
     protected: Tensor | None = None,
-    degree: Tensor | None = None,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """Store the rows of a tensor and read them again.
 
@@ -86,13 +87,13 @@ def fake_quantize(
         levels: One for all rows, or one for each bucket.
         bucket: int64 `[n]`, each row's; needed if there is more than one level.
         protected: bool `[n]`, rows that are left as they are.
-        degree: Float32 `[n]`, of each edge's receiver; needed if the levels are by share.
+        divisor: Float32 `[n]`, of each edge, see `divisors`; needed if levels have a share.
 
     Returns:
         The shape and dtype of `x`.
 
     Raises:
-        ValueError: If there are several levels and no buckets, or levels by share and no degrees.
+        ValueError: If there are several levels and no buckets, or levels with a share and no divisor.
 
     Example:
         >>> x = torch.tensor([[0.25, 0.9], [0.25, 0.9]], requires_grad=True)
@@ -109,9 +110,11 @@ def fake_quantize(
         return x
     if len(levels) > 1 and bucket is None:
         raise ValueError(f"bucket must be given for {len(levels)} levels, got None")
-    if any(level.by_share for level in levels) and degree is None:
-        raise ValueError("degree must be given for levels by share, got None")
-    arguments = (x, tuple(levels), bucket, protected, degree)
+    if not any(level.share for level in levels):
+        divisor = None
+    elif divisor is None:
+        raise ValueError("divisor must be given for levels with a share, got None")
+    arguments = (x, tuple(levels), bucket, protected, divisor)
     result: Tensor = FakeQuantize.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not annotate it
     return result
 
@@ -126,25 +129,22 @@ class FakeQuantize(torch.autograd.Function):
         levels: tuple[Level, ...],
         bucket: Tensor | None,
         protected: Tensor | None,
-        degree: Tensor | None,
+        divisor: Tensor | None,
     ) -> Tensor:
         """Quantize bucket by bucket; keep a mask for backward."""
         rows = whole = x.reshape(x.size(0), -1).float()
         wants_mask = ctx.needs_input_grad[0]
-        by_share = degree is not None and any(level.by_share for level in levels)
-        if by_share:
-            assert degree is not None
+        if divisor is not None:
             if len(levels) > 1:  # what stays as it is stays so to the last bit
-                degree = degree.where(_tables(levels, rows.device).by_share[bucket], 1.0)
-            rows = rows * degree[:, None]
+                divisor = divisor.where(_tables(levels, rows.device).has_share[bucket], 1.0)
+            rows = rows * divisor[:, None]
         if len(levels) == 1:
             y, passes = _stored_alike(rows, levels[0], wants_mask)
         else:
             assert bucket is not None
             y, passes = _stored(rows, _tables(levels, rows.device), bucket, wants_mask)
-        if by_share:
-            assert degree is not None
-            y = y / degree[:, None]
+        if divisor is not None:
+            y = y / divisor[:, None]
         if protected is not None:
             y = torch.where(protected[:, None], whole, y)
             passes = None if passes is None else passes | protected[:, None]
@@ -179,7 +179,7 @@ class _Tables(NamedTuple):
     top: Tensor
     is_sign: Tensor
     is_whole: Tensor
-    by_share: Tensor
+    has_share: Tensor
     per_row: bool
     any_sign: bool
 
@@ -191,13 +191,13 @@ def _tables(levels: tuple[Level, ...], device: torch.device) -> _Tables:
     low, high = (_by_bucket([getattr(level, end) for level in levels]) for end in ("low", "high"))
     is_sign = torch.tensor([level.bits == 1 for level in levels])
     is_whole = torch.tensor([level.bits == 32 for level in levels])
-    by_share = torch.tensor([level.by_share for level in levels])
+    has_share = torch.tensor([bool(level.share) for level in levels])
     scale = scale_of(low, high, tops if low.dim() == 1 else tops[:, None])
-    scale, low, tops, is_sign, is_whole, by_share = (
-        v.to(device) for v in (scale, low, tops, is_sign, is_whole, by_share)
+    scale, low, tops, is_sign, is_whole, has_share = (
+        v.to(device) for v in (scale, low, tops, is_sign, is_whole, has_share)
     )
     per_row, any_sign = any(level.per_row for level in levels), any(level.bits == 1 for level in levels)
-    return _Tables(scale, low, tops, is_sign, is_whole, by_share, per_row, any_sign)
+    return _Tables(scale, low, tops, is_sign, is_whole, has_share, per_row, any_sign)
 
 
 def _by_bucket(ends: Sequence[float | tuple[float, ...] | None]) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_tinykg.sgquant.protecting import check_protect, protected_nodes
 from lightning_tinykg.sgquant.quantize import fake_quantize
 from lightning_tinykg.sgquant.ranges import Range
 from lightning_tinykg.sgquant.repeats import Repeats
-from lightning_tinykg.sgquant.shares import receiver_degrees
+from lightning_tinykg.sgquant.shares import divisors
 from lightning_tinykg.sgquant.sites import Observer, Site
 from lightning_tinykg.sgquant.substitutes import dropped_from, shadow_parameter, unshadow
 from lightning_tinykg.sgquant.wiring import Meeting, Spot, Wiring
@@ -55,7 +55,7 @@ class SGQuantizer(Places):
             by tensor then), or `"node"`, whose range is that of its row as it is stored, for 8 bytes a row (edges go by
             bucket then). `"auto"` is `"node"` for rows of at least 128 elements, `"channel"` for narrower ones where
             they are at least 1024, and `"tensor"` for the rest. Coefficients that sum to 1 over a receiver's edges are
-            multiples of an even share, `1 / degree`, in any case.
+            multiples of what the degrees alone would give, in any case; see `shares.py`.
         protect: Least and greatest probability with which a node is left as it is in training, see `protection`.
         seed: Of the nodes so protected.
 
@@ -220,17 +220,16 @@ class SGQuantizer(Places):
         return self._store(spot, x, meeting)
 
     def _store(self, spot: Spot, x: Tensor, meeting: Meeting) -> Tensor:
-        levels, bucket, protected, degree = self.levels(spot), None, None, None
-        if meeting.receivers is not None and any(level.by_share for level in levels):
-            known = None if meeting.graph is None else meeting.graph.rows
-            degree = receiver_degrees(meeting.receivers, known or int(meeting.receivers.max()) + 1)
+        levels, bucket, protected, divisor = self.levels(spot), None, None, None
+        share = next((level.share for level in levels if level.share), None)
+        if meeting.receivers is not None and share is not None:
+            divisor = divisors(share, meeting.receivers, meeting.senders, meeting.rows)
         protects = self.protect is not None and meeting.layer.training
         if len(levels) > 1 or protects:
             graph, of_edges = meeting.graph, meeting.receivers is not None
             rows = x.size(0)
             if of_edges and graph is not None:
-                assert meeting.receivers is not None
-                rows = graph.rows or int(meeting.receivers.max()) + 1
+                rows = meeting.rows
             degrees = None if graph is None else graph.degrees(rows, meeting.end)
             if graph is None or degrees is None:
                 raise RuntimeError(
@@ -242,9 +241,9 @@ class SGQuantizer(Places):
             if meeting.receivers is not None:
                 bucket, protected = (None if v is None else v[meeting.receivers] for v in (bucket, protected))
         if protected is not None:
-            return fake_quantize(x, levels, bucket, protected, degree)
-        circumstances = levels, None if bucket is None and degree is None else meeting.graph
-        return self._repeats.of(spot, x, circumstances, lambda x: fake_quantize(x, levels, bucket, None, degree))
+            return fake_quantize(x, levels, bucket, protected, divisor)
+        circumstances = levels, None if bucket is None and divisor is None else meeting.graph
+        return self._repeats.of(spot, x, circumstances, lambda x: fake_quantize(x, levels, bucket, None, divisor))
 
     def _store_parameter(self, site: Site, rows: Tensor, index: Tensor | None, training: bool) -> Tensor:
         levels, bucket, protected = self.levels(site.spot), None, None

@@ -40,6 +40,7 @@ class EdgesByReceiver:
         receivers: int64 `[E]`, where each edge arrives.
         count: Nodes that may receive.
         order: The receivers' order; `None`: as they are numbered.
+        senders: int64 `[E]`, from which node of the same kind each comes; `None`: not known, or of another kind.
 
     Raises:
         IndexError: If an edge arrives at a node that is none of them.
@@ -52,12 +53,14 @@ class EdgesByReceiver:
 Block(nodes=slice(2, 3, None), edges=slice(2, 4, None))])
     """
 
-    def __init__(self, receivers: Tensor, count: int, order: RowOrder | None = None) -> None:
+    def __init__(
+        self, receivers: Tensor, count: int, order: RowOrder | None = None, senders: Tensor | None = None
+    ) -> None:
         if receivers.numel() >= 2**31:
             raise ValueError(f"edges must be less than 2^31, got {receivers.numel()}")
         if order is not None and order.numel != count:
             raise ValueError(f"order must be one of {count} receivers, got one of {order.numel}")
-        self.count, self.order, self.total = count, order, receivers.numel()
+        self.count, self.order, self.total, self.senders = count, order, receivers.numel(), senders
         slot = receivers if order is None else order.slots(receivers.int())
         arriving = torch.bincount(slot, minlength=count)
         if arriving.numel() > count:
@@ -114,9 +117,15 @@ Block(nodes=slice(2, 3, None), edges=slice(2, 4, None))])
             edge = torch.arange(self.total, dtype=torch.int32, device=self.starts.device)
         return RowOrder(counts, row=edge)
 
+    @cached_property
+    def degrees(self) -> Tensor:
+        """How many edges arrive at each node, int64 `[nodes]`."""
+        arriving = self.starts.diff()
+        return arriving if self.order is None else arriving.index_select(0, self.order.slots(slice(None)))
+
     @property
     def nbytes(self) -> int:
-        """Bytes kept; the order of the nodes is counted where it is made."""
+        """Bytes kept; the order of the nodes is counted where it is made, and the senders are the graph's."""
         kept = (self.edge, self.starts, self._receivers)
         return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
@@ -141,7 +150,14 @@ class BlockCache:
     def __init__(self) -> None:
         self._met: list[_Remembered] = []
 
-    def of(self, edge_index: Tensor, receiving: int, count: int, order: RowOrder | None = None) -> EdgesByReceiver:
+    def of(
+        self,
+        edge_index: Tensor,
+        receiving: int,
+        count: int,
+        order: RowOrder | None = None,
+        one_kind: bool = False,
+    ) -> EdgesByReceiver:
         """The edges by receiver.
 
         Args:
@@ -149,17 +165,21 @@ class BlockCache:
             receiving: Which row of it receives.
             count: Nodes that may receive.
             order: Their order.
+            one_kind: Whether senders and receivers are the same nodes.
         """
         self._met = [one for one in self._met if _version(one.edge_index) == one.version]
         fitting = [
             one
             for one in self._met
-            if (one.receiving, one.found.count) == (receiving, count) and one.found.order is order
+            if (one.receiving, one.found.count) == (receiving, count)
+            and one.found.order is order
+            and (one.found.senders is not None) == one_kind
         ]
         found = next((one for one in fitting if one.edge_index is edge_index), None)
         found = found or next((one for one in fitting if torch.equal(one.edge_index, edge_index)), None)
         if found is None:
-            edges = EdgesByReceiver(edge_index[receiving], count, order)
+            senders = edge_index[1 - receiving] if one_kind else None
+            edges = EdgesByReceiver(edge_index[receiving], count, order, senders)
             found = _Remembered(edge_index, _version(edge_index), receiving, edges)
         others = [one for one in self._met if one is not found]
         self._met = [*others[1 - _REMEMBERED :], found]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_tinykg.sgquant.files import PackedFileError, describe, read_folder, restore, tensors_of, write_folder
 from lightning_tinykg.sgquant.packed import PackedFeatures
 from lightning_tinykg.sgquant.quantize import Level
+from lightning_tinykg.sgquant.shares import SHARES
 from lightning_tinykg.sgquant.storing import PackedSite
 from lightning_tinykg.sgquant.wiring import Spot
 
@@ -85,10 +86,10 @@ def _plain(spot: Spot, site: PackedSite) -> dict[str, Any]:
     }
 
 
-def _level(bits: int, low: Any, high: Any, by_share: bool = False) -> Level:
-    """A level of a card; those of the first version of the format have three items."""
+def _level(bits: int, low: Any, high: Any, share: Any = "") -> Level:
+    """A level of a card; those of the first version of the format have three items, and of the second a bool."""
     low, high = (tuple(end) if isinstance(end, list) else end for end in (low, high))
-    return Level(bits, low, high, by_share)
+    return Level(bits, low, high, SHARES[share] if isinstance(share, bool) else share)
 
 
 def _site(plain: Mapping[str, Any]) -> tuple[Spot, PackedSite]:

@@ -16,7 +16,7 @@ from lightning_tinykg.sgquant.granularity import WIDTHS
 from lightning_tinykg.sgquant.graphs import Graph
 from lightning_tinykg.sgquant.quantize import Level, fake_quantize
 from lightning_tinykg.sgquant.ranges import Observed
-from lightning_tinykg.sgquant.shares import receiver_degrees
+from lightning_tinykg.sgquant.shares import SHARES, Share, divisors, share_of
 from lightning_tinykg.sgquant.wiring import Meeting, Spot
 
 __all__ = ["Observer", "Site"]
@@ -37,8 +37,8 @@ class Site:
         parameter: Name of the parameter that it is, if it is one.
         degrees: int32, the in-degree of each of the parameter's rows in the graph of the calibration.
         observed: Its range; of an owner only.
-        shares: The range of its multiples of an even share, if it is of edges and sums to 1 over those of each
-            receiver.
+        share: Of what its elements are multiples, if it is of edges.
+        shares: The range of these multiples; `None`: it has no share.
         share_widths: The widths at which less is lost of such multiples.
     """
 
@@ -52,6 +52,7 @@ class Site:
     parameter: str | None = None
     degrees: Tensor | None = None
     observed: Observed | None = None
+    share: Share = ""
     shares: Observed | None = None
     share_widths: tuple[int, ...] = ()
 
@@ -76,6 +77,9 @@ class Site:
         self.observed.agree(most)
         if self.of_edges:
             otherwise = most(torch.tensor([float(bits not in self.share_widths) for bits in WIDTHS]))
+            number = torch.tensor([SHARES.index(self.share)]).float()
+            if float(most(number)) != -float(most(-number)):  # not all ranks have the same
+                otherwise.fill_(1)
             self.share_widths = tuple(bits for bits, other in zip(WIDTHS, otherwise.tolist(), strict=True) if not other)
             if self.share_widths:
                 assert self.shares is not None
@@ -85,6 +89,7 @@ class Site:
         """All of it, in tensors and primitives."""
         return {
             **{name: getattr(self, name) for name in _PLAIN},
+            "share": self.share,
             "share_widths": list(self.share_widths),
             "spot": tuple(self.spot),
             "owner": tuple(self.owner),
@@ -98,6 +103,7 @@ class Site:
         plain = {name: state[name] for name in _PLAIN}
         site = cls(**plain, spot=Spot(*state["spot"]), owner=Spot(*state["owner"]), degrees=state["degrees"])
         site.share_widths = tuple(state.get("share_widths", ()))
+        site.share = state.get("share", "even" if site.share_widths else "")
         for name in _RANGES:
             if (kept := state.get(name)) is not None:
                 seen = new_range(site.of_edges, site.dim)
@@ -114,9 +120,6 @@ NewRange = Callable[[bool, int], Observed]
 
 _SOME = 1 << 18
 """Edges of which it is decided whether shares are better: all that arrive at some of the nodes, evenly spaced."""
-
-_NEARLY = 0.01
-"""How far from 1 the sum of a receiver's coefficients may be, if they are shares: a softmax in 16 bits is less off."""
 
 
 class Observer:
@@ -138,7 +141,8 @@ class Observer:
         self._met: list[tuple[StorageWeakRef, tuple[int, ...], Spot, bool]] = []
         self._parameters = {_storage(p): (name, p) for name, p in model.named_parameters() if p.dim() > 1}
         self._waiting: list[tuple[Site, Tensor]] = []  # of linear layers that were called before any graph was seen
-        self._shares: dict[Spot, tuple[Tensor, Tensor]] = {}  # coefficients of some receivers, of the last batch
+        # coefficients of some receivers, of the last batch, with their receivers and divisors
+        self._shares: dict[Spot, tuple[Tensor, Tensor, Tensor]] = {}
         self.node_counts: set[int] = set()
 
     def __call__(self, spot: Spot, x: Tensor, meeting: Meeting) -> Tensor:
@@ -198,31 +202,32 @@ class Observer:
             if bucket is None and not isinstance(meeting.layer, MessagePassing):
                 return  # not the nodes of this graph: whether they are of any, `finish` decides
         else:
-            nodes = meeting.graph.rows or int(meeting.receivers.max()) + 1
-            bucket = self._bucket_of(meeting.graph, nodes, 1)
+            bucket = self._bucket_of(meeting.graph, meeting.rows, 1)
             bucket = None if bucket is None else bucket[meeting.receivers]
-            self._add_shares(site, x.reshape(x.size(0), -1), bucket, meeting.receivers, nodes)
+            self._add_shares(site, x.reshape(x.size(0), -1), bucket, meeting)
         self._add(site, x, bucket)
         if site.parameter is not None:
             degrees = meeting.graph.degrees(rows, meeting.end)
             site.degrees = None if degrees is None else degrees.int()
 
-    def _add_shares(self, site: Site, x: Tensor, bucket: Tensor | None, receivers: Tensor, nodes: int) -> None:
-        """Look at coefficients as multiples of an even share, as long as each receiver's have summed to 1."""
+    def _add_shares(self, site: Site, x: Tensor, bucket: Tensor | None, meeting: Meeting) -> None:
+        """Look at coefficients as multiples of a share, as long as all batches have had the same."""
         if site.shares is None or not x.size(0):
             return
-        total = torch.zeros(nodes, x.size(1), device=x.device).index_add_(0, receivers, x.float())
-        if not bool((total.index_select(0, receivers) - 1).abs().amax() < _NEARLY):  # which NaN is not
-            site.shares, site.share_widths = None, ()
+        assert meeting.receivers is not None
+        receivers, rows = meeting.receivers, meeting.rows
+        share = share_of(x, receivers, meeting.senders, rows)
+        if not share or site.share not in ("", share):
+            site.share, site.shares, site.share_widths = "", None, ()
             self._shares.pop(site.spot, None)
             return
-        degree = receiver_degrees(receivers, nodes)
+        site.share, divisor = share, divisors(share, receivers, meeting.senders, rows)
         # so that what is least is the squared error of the coefficients, not that of their multiples
-        site.shares.add(x.float() * degree[:, None], bucket, weight=1 / degree.square())
+        site.shares.add(x.float() * divisor[:, None], bucket, weight=1 / divisor.square())
         some = (receivers % -(-x.size(0) // _SOME) == 0).nonzero().squeeze(1)
         if not some.numel():  # all edges arrive at a few nodes
             some = torch.arange(x.size(0), device=x.device)
-        self._shares[site.spot] = x.index_select(0, some).float(), receivers.index_select(0, some)
+        self._shares[site.spot] = x[some].float(), receivers[some], divisor[some]
 
     def _add(self, site: Site, x: Tensor, bucket: Tensor | None) -> None:
         assert site.observed is not None
@@ -248,8 +253,8 @@ class Observer:
 
         That are linear layers that took no rows of nodes; an earlier calibration has found out which of its do.
         """
-        for spot, (x, receivers) in self._shares.items():
-            self.sites[spot].share_widths = _share_widths(self.sites[spot], x, receivers)
+        for spot, seen in self._shares.items():
+            self.sites[spot].share_widths = _share_widths(self.sites[spot], *seen)
         for spot, site in list(self.sites.items()):
             if spot in self._earlier_sites or not site.is_owner or site.of_edges:
                 continue
@@ -257,8 +262,8 @@ class Observer:
                 self.sites = {s: other for s, other in self.sites.items() if other.owner != spot}
 
 
-def _share_widths(site: Site, x: Tensor, receivers: Tensor) -> tuple[int, ...]:
-    """The widths at which less is lost of coefficients that are stored as multiples of an even share.
+def _share_widths(site: Site, x: Tensor, receivers: Tensor, divisor: Tensor) -> tuple[int, ...]:
+    """The widths at which less is lost of coefficients that are stored as multiples of a share.
 
     What a receiver of neighbours `v` gets wrong is `sum(error * v)`: of neighbours that are alike, the sum of the
     errors, and of such as have nothing in common, the root of the sum of their squares. Both count.
@@ -266,17 +271,16 @@ def _share_widths(site: Site, x: Tensor, receivers: Tensor) -> tuple[int, ...]:
     assert site.observed is not None
     assert site.shares is not None
     nodes = int(receivers.max()) + 1
-    degree = receiver_degrees(receivers, nodes)
 
     def lost(level: Level) -> float:
-        error = fake_quantize(x, [level], degree=degree) - x
+        error = fake_quantize(x, [level], divisor=divisor) - x
         of_nodes = x.new_zeros(nodes, x.size(1)).index_add_(0, receivers, error)
         return float(of_nodes.square().sum() + error.square().sum())
 
     as_it_is, as_shares = site.observed, site.shares
 
     def is_better(bits: int) -> bool:
-        shares = Level(bits, *as_shares.ends(None, bits), by_share=True)
+        shares = Level(bits, *as_shares.ends(None, bits), site.share)
         return lost(shares) < lost(Level(bits, *as_it_is.ends(None, bits)))
 
     return tuple(bits for bits in WIDTHS if bits < 32 and is_better(bits))

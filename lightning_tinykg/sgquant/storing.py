@@ -18,7 +18,7 @@ from lightning_tinykg.sgquant.packed import PackedFeatures
 from lightning_tinykg.sgquant.quantize import Level, fake_quantize
 from lightning_tinykg.sgquant.receivers import Block, EdgesByReceiver
 from lightning_tinykg.sgquant.runs import run_of
-from lightning_tinykg.sgquant.shares import receiver_degrees
+from lightning_tinykg.sgquant.shares import divisors
 from lightning_tinykg.sgquant.wiring import Meeting, Spot, Wiring, layers_of
 
 __all__ = ["PackedSite", "Packing"]
@@ -121,7 +121,7 @@ class Packing(Storage):
             known = self._packed.get(site.owner)
             if known is None or known[0] is not x or known[1] is not edges:
                 run = run_of(x[:1].numel())
-                packed = PackedFeatures.encode(x, owner.levels, edges.edge_order, run, edges.starts)
+                packed = PackedFeatures.encode(x, owner.levels, edges.edge_order, run, edges)
                 known = self._packed[site.owner] = (x, edges, self._noted(site.owner, packed))
             return known[2]
         assert receivers is not None
@@ -129,8 +129,9 @@ class Packing(Storage):
         rows = edges.count if edges is not None else known_rows or int(receivers.max()) + 1
         if len(owner.levels) > 1:
             bucket = _buckets(self._order(meeting.graph, rows, 1, site.owner))[receivers]
-        by_share = any(level.by_share for level in owner.levels)
-        return fake_quantize(x, owner.levels, bucket, degree=receiver_degrees(receivers, rows) if by_share else None)
+        share = next((level.share for level in owner.levels if level.share), None)
+        divisor = None if share is None else divisors(share, receivers, meeting.senders, rows)
+        return fake_quantize(x, owner.levels, bucket, divisor=divisor)
 
     def _is_result(self, owner: Spot) -> bool:
         """Whether a softmax is what `edge_updater` gives: then it arrives at `propagate` as it was stored."""

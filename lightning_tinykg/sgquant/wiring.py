@@ -52,6 +52,7 @@ class Meeting:
         graph: The graph at hand; `None` if none has been seen.
         end: 1 for nodes that receive messages, 0 for nodes of another kind that only send.
         receivers: int64 `[E]`, the node of each edge, if the rows are edges; else `None`.
+        senders: int64 `[E]`, the node that each edge comes from, if it is known and of the same kind; else `None`.
         edges: How many edges messages go along, where the tensor is given to them; else 0.
         layer: The layer itself.
     """
@@ -59,8 +60,17 @@ class Meeting:
     graph: Graph | None
     end: int
     receivers: Tensor | None
+    senders: Tensor | None
     edges: int
     layer: nn.Module
+
+    @property
+    def rows(self) -> int:
+        """Of edges: how many nodes there are, as far as is known."""
+        assert self.receivers is not None
+        known = None if self.graph is None else self.graph.rows
+        ends = [end for end in (self.receivers, self.senders) if end is not None]
+        return known or max(int(end.max()) for end in ends) + 1
 
 
 class Visitor(Protocol):
@@ -202,14 +212,20 @@ class Wiring:
         graph = self.graph_of(layer, edges)
         if graph is not None and end == 1 and isinstance(layer, MessagePassing):
             graph.rows = x.size(0)
-        return self._show(spot, x, Meeting(graph, end, None, count, layer))
+        return self._show(spot, x, Meeting(graph, end, None, None, count, layer))
 
     def _met_edges(
-        self, spot: Spot, x: Tensor, layer: nn.Module, receivers: Tensor | None, edges: Any = None
+        self,
+        spot: Spot,
+        x: Tensor,
+        layer: nn.Module,
+        receivers: Tensor | None,
+        senders: Tensor | None = None,
+        edges: Any = None,
     ) -> Tensor:
         if receivers is None:
             return x
-        return self._show(spot, x, Meeting(self.graph_of(layer, edges), 1, receivers, x.size(0), layer))
+        return self._show(spot, x, Meeting(self.graph_of(layer, edges), 1, receivers, senders, x.size(0), layer))
 
     def _show(self, spot: Spot, x: Tensor, meeting: Meeting) -> Tensor:
         if not x.is_floating_point():
@@ -259,17 +275,20 @@ class Wiring:
     def _on_propagate(self, path: str, layer: Any, inputs: tuple[Any, Any, dict[str, Any]]) -> Any:
         edges, size, kwargs = inputs
         lifted = {name[:-2] for name in layer._user_args if name.endswith(("_i", "_j"))}
-        receivers, count = _receivers(edges, layer.flow)
+        receivers, coming_from = _ends(edges, layer.flow)
+        count = receivers.numel()
+        senders = coming_from if _of_one_kind(size, [kwargs.get(name) for name in lifted]) else None
         met = dict(kwargs)
         for name, value in kwargs.items():
             if name in lifted or isinstance(value, (tuple, list)) or not _has_rows(value, count):
                 if _is_of_nodes(value, layer.node_dim):
                     met[name] = self._met_pair(Spot(path, "message", name), value, layer, edges, count)
             else:
-                met[name] = self._met_edges(Spot(path, "attention", name), value, layer, receivers, edges)
+                met[name] = self._met_edges(Spot(path, "attention", name), value, layer, receivers, senders, edges)
         if is_torch_sparse_tensor(edges) and kwargs.get("edge_weight", ...) is None:
             # the weights are the matrix's own values
-            weight = self._met_edges(Spot(path, "attention", "edge_weight"), _values(edges), layer, receivers, edges)
+            spot = Spot(path, "attention", "edge_weight")
+            weight = self._met_edges(spot, _values(edges), layer, receivers, senders, edges)
             edges = set_sparse_value(edges, weight)
         return edges, size, met
 
@@ -283,19 +302,34 @@ def _around(path: str) -> Iterator[str]:
     return (".".join(parts[:end]) for end in range(len(parts) + 1))
 
 
-def _receivers(edges: Any, flow: str) -> tuple[Tensor | None, int]:
-    """The node at which each edge arrives, and how many edges there are."""
+def _ends(edges: Any, flow: str) -> tuple[Tensor, Tensor]:
+    """The node at which each edge arrives, and the one that it comes from."""
     if is_torch_sparse_tensor(edges):
+        if edges.layout == torch.sparse_coo:
+            return edges._indices()[0], edges._indices()[1]
         if edges.layout == torch.sparse_csr:
-            rows = edges.crow_indices().diff()
-            index = torch.arange(rows.numel(), device=rows.device).repeat_interleave(rows)
-        else:
-            index = edges._indices()[0] if edges.layout == torch.sparse_coo else edges.row_indices()
-        return index, index.numel()
+            return _spread(edges.crow_indices()), edges.col_indices()
+        return edges.row_indices(), _spread(edges.ccol_indices())
     if isinstance(edges, Tensor):
-        return edges[1 if flow == "source_to_target" else 0], edges.size(1)
-    index = edges.coo()[0]  # torch_sparse's
-    return index, index.numel()
+        return (edges[1], edges[0]) if flow == "source_to_target" else (edges[0], edges[1])
+    receivers, senders, _ = edges.coo()  # torch_sparse's
+    return receivers, senders
+
+
+def _spread(pointers: Tensor) -> Tensor:
+    """The row, or column, of each value of a compressed matrix."""
+    counts = pointers.diff()
+    return torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
+
+
+def _of_one_kind(size: Any, values: list[Any]) -> bool:
+    """Whether senders and receivers are the same nodes: as many, wherever a layer tells both apart."""
+    pairs = [[x.size(0) for x in pair if isinstance(x, Tensor) and x.dim()] for pair in values if _is_pair(pair)]
+    return all(len(set(pair)) <= 1 for pair in ([n for n in size or () if n is not None], *pairs))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list))
 
 
 def _values(edges: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from lightning_tinykg import BitPlan
 from lightning_tinykg.sgquant import SGQuantizer, componentwise, topologywise
 from lightning_tinykg.sgquant.quantize import Level, fake_quantize
-from lightning_tinykg.sgquant.shares import receiver_degrees
+from lightning_tinykg.sgquant.shares import divisors
 from lightning_tinykg.sgquant.wiring import Spot
 
 
@@ -110,13 +110,15 @@ def test_wide_rows_have_their_own_range_with_auto() -> None:
 # -- by hand ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_gcn_by_hand() -> None:
+@pytest.mark.parametrize("weighted", [False, True], ids=["as the degrees tell", "weighted"])
+def test_a_gcn_by_hand(weighted: bool) -> None:
     x, edge_index = graph()
     conv = pyg.GCNConv(6, 4).eval()
     model = nn.ModuleDict({"conv": conv})
+    given = torch.rand(edge_index.size(1)) if weighted else None
     quantizer = SGQuantizer(model, componentwise(embedding=4, message=3, attention=2, update=5), range="minmax")
-    quantizer.calibrate(lambda: conv(x, edge_index))
-    looped, weight = gcn_norm(edge_index, None, NODES)
+    quantizer.calibrate(lambda: conv(x, edge_index, given))
+    looped, weight = gcn_norm(edge_index, given, NODES)
 
     def propagate(features: Tensor, weight: Tensor) -> Tensor:
         return torch.zeros(NODES, 4).index_add(0, looped[1], weight[:, None] * features[looped[0]]) + conv.bias
@@ -128,9 +130,9 @@ def test_a_gcn_by_hand() -> None:
         return fake_quantize(y, [Level(bits, like.min().item(), like.max().item())])
 
     hidden = ranged(conv.lin(stored(x, 4)), message, 3)
-    want = ranged(propagate(hidden, stored(weight, 2)), update, 5)
+    want = ranged(propagate(hidden, stored(weight, 2) if weighted else weight), update, 5)
     with quantizer:
-        torch.testing.assert_close(conv(x, edge_index), want)
+        torch.testing.assert_close(conv(x, edge_index, given), want)
 
 
 def test_attention_within_a_message_is_quantized_where_it_is_made() -> None:
@@ -144,7 +146,7 @@ def test_attention_within_a_message_is_quantized_where_it_is_made() -> None:
     with quantizer:
         conv(x, edge_index)
     conv(x, edge_index)
-    degree = receiver_degrees(edge_index[1], NODES)[:, None]
+    degree = divisors("even", edge_index[1], None, NODES)[:, None]
     assert len((seen[1] * degree).round(decimals=4).unique()) == 2
     assert len((seen[2] * degree).round(decimals=4).unique()) > 2
     assert torch.equal(seen[1], stored(seen[0] * degree, 1) / degree)

@@ -19,7 +19,7 @@ from lightning_tinykg.sgquant.granularity import (
 )
 from lightning_tinykg.sgquant.protecting import check_protect, protected_nodes, protection
 from lightning_tinykg.sgquant.quantize import Level, fake_quantize
-from lightning_tinykg.sgquant.shares import receiver_degrees
+from lightning_tinykg.sgquant.shares import divisors
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -71,24 +71,24 @@ def test_channels_and_widths_meet() -> None:
 
 def test_shares_are_multiples_of_an_even_one() -> None:
     receivers = torch.tensor([0] * 100 + [1] * 4 + [2])
-    degree = receiver_degrees(receivers, rows=3)
+    degree = divisors("even", receivers, None, rows=3)
     assert degree.tolist() == [100.0] * 100 + [4.0] * 4 + [1.0]
     x = torch.cat([torch.randn(n).softmax(0) for n in (100, 4, 1)]).requires_grad_()
-    level = Level(2, 0.0, 3.0, by_share=True)
-    y = fake_quantize(x, [level], degree=degree)
+    level = Level(2, 0.0, 3.0, share="even")
+    y = fake_quantize(x, [level], divisor=degree)
     assert torch.equal(y, fake_quantize(x * degree, [Level(2, 0.0, 3.0)]) / degree)
     y.backward(upstream := torch.randn(105))
     assert torch.equal(x.grad, upstream.where(x * degree <= 3, 0))
-    with pytest.raises(ValueError, match="degree must be given for levels by share, got None"):
+    with pytest.raises(ValueError, match="divisor must be given for levels with a share, got None"):
         fake_quantize(x, [level])
 
 
 def test_of_shares_what_is_whole_or_protected_is_not_touched() -> None:
     x, degree, bucket = torch.rand(300), torch.randint(1, 50, (300,)).float(), torch.arange(300) % 2
-    levels = [Level(32), Level(1, 0.0, 2.0, by_share=True)]
-    assert torch.equal(fake_quantize(x, levels, bucket, degree=degree)[bucket == 0], x[bucket == 0])
+    levels = [Level(32), Level(1, 0.0, 2.0, share="even")]
+    assert torch.equal(fake_quantize(x, levels, bucket, divisor=degree)[bucket == 0], x[bucket == 0])
     protected = torch.arange(300) < 100
-    y = fake_quantize(x, levels[1:], protected=protected, degree=degree)
+    y = fake_quantize(x, levels[1:], protected=protected, divisor=degree)
     assert torch.equal(y[protected], x[protected])
     assert not (y[~protected] == x[~protected]).any()
 

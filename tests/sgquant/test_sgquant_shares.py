@@ -23,7 +23,7 @@ from lightning_tinykg.sgquant.packed import PackedFeatures
 from lightning_tinykg.sgquant.quantize import Level, fake_quantize
 from lightning_tinykg.sgquant.receivers import EdgesByReceiver
 from lightning_tinykg.sgquant.runs import run_of
-from lightning_tinykg.sgquant.shares import receiver_degrees
+from lightning_tinykg.sgquant.shares import Share, divisors
 from lightning_tinykg.sgquant.sites import Site
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -38,6 +38,18 @@ class Weighted(nn.Module):
 
     def forward(self, x: Tensor, edge_index: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = self.conv(x, edge_index, weight)
+        return out
+
+
+class One(nn.Module):
+    """One layer."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, edge_index: Tensor, weight: Tensor | None = None) -> Tensor:
+        out: Tensor = self.conv(x, edge_index) if weight is None else self.conv(x, edge_index, weight)
         return out
 
 
@@ -126,7 +138,84 @@ def test_what_does_not_sum_to_1_has_one_range() -> None:
     x, edge_index = skewed()
     quantizer = quantizer_of(x, edge_index, torch.rand(edge_index.size(1)))
     assert site_of(quantizer).shares is None
-    assert not any(level.by_share for spot in quantizer.sites for level in quantizer.levels(spot))
+    assert not any(level.share for spot in quantizer.sites for level in quantizer.levels(spot))
+
+
+SYMMETRIC = {
+    "GCN": lambda: pyg.GCNConv(16, 8),
+    "GCN without loops": lambda: pyg.GCNConv(16, 8, add_self_loops=False),
+    "GCN to sources": lambda: pyg.GCNConv(16, 8, flow="target_to_source"),
+    "LightGCN": pyg.LGConv,
+    "SG": lambda: pyg.SGConv(16, 8, K=2),
+    "TAG": lambda: pyg.TAGConv(16, 8, K=2),
+    "APPNP": lambda: pyg.APPNP(2, 0.1),
+    "ARMA": lambda: pyg.ARMAConv(16, 8),
+}
+
+
+@pytest.mark.parametrize("buckets", [None, 4])
+@pytest.mark.parametrize("name", SYMMETRIC)
+def test_what_the_degrees_tell_is_exact_in_one_bit(name: str, buckets: int | None) -> None:
+    x, edge_index = skewed()
+    edge_index = edge_index[:, edge_index[1] != 7]  # from where edges go, and none arrives
+    model = One(SYMMETRIC[name]()).eval()
+    quantizer = SGQuantizer(model, componentwise(embedding=32, message=32, attention=1, update=32), buckets=buckets)
+    quantizer.calibrate(lambda: model(x, edge_index))
+    assert site_of(quantizer).share == "symmetric"
+    packed = PackedModel.from_quantizer(quantizer, block_edges=100)
+    with torch.no_grad():
+        want = model(x, edge_index)
+        with quantizer:
+            torch.testing.assert_close(model(x, edge_index), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed(x, edge_index) + 0, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("buckets", [None, 3])
+def test_weights_beside_the_degrees_have_a_range(buckets: int | None) -> None:
+    x, edge_index = skewed()
+    model = One(pyg.GCNConv(16, 8)).eval()
+    weight = torch.rand(edge_index.size(1))
+    quantizer = SGQuantizer(model, componentwise(attention=4), buckets=buckets)
+    quantizer.calibrate(lambda: model(x, edge_index, weight))
+    assert site_of(quantizer).share == ""
+
+
+class Bipartite(nn.Module):
+    """From nodes of one kind to those of another, with weights that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = pyg.GraphConv((16, 16), 8)
+
+    def forward(self, x: Tensor, receiving: Tensor, edge_index: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = self.conv((x, receiving), edge_index, weight)
+        return out
+
+
+def test_senders_of_another_kind_have_no_degree() -> None:
+    edge_index = torch.stack([torch.randint(40, (200,)), torch.randint(30, (200,))])
+    model = Bipartite().eval()
+    quantizer = SGQuantizer(model, componentwise(attention=1), buckets=None)
+    degrees = [edge_index[end].bincount(minlength=40).float() for end in (0, 1)]
+    weight = (degrees[0][edge_index[0]] * degrees[1][edge_index[1]]).rsqrt()
+    quantizer.calibrate(lambda: model(torch.randn(40, 16), torch.randn(30, 16), edge_index, weight))
+    assert site_of(quantizer).share == ""
+
+
+def test_a_batch_without_the_degrees_of_its_senders_is_refused() -> None:
+    """As of a calibration on a graph of one kind, and sampled batches after it."""
+    x, edge_index = torch.randn(30, 16), torch.randint(30, (2, 200))
+    model = Bipartite().eval()
+    weight = divisors("symmetric", edge_index[1], edge_index[0], 30).reciprocal()
+    quantizer = SGQuantizer(model, componentwise(attention=1), buckets=None)
+    quantizer.calibrate(lambda: model(x, x, edge_index, weight))
+    assert site_of(quantizer).share == "symmetric"
+    packed = PackedModel.from_quantizer(quantizer)
+    senders = torch.cat([x, x])
+    with pytest.raises(RuntimeError, match="degrees of senders of another kind are not known"), quantizer:
+        model(senders, x, edge_index, weight)
+    with pytest.raises(RuntimeError, match="degrees of senders of another kind are not known"):
+        packed(senders, x, edge_index, weight)
 
 
 def test_all_or_nothing_keeps_its_two_values() -> None:
@@ -173,6 +262,19 @@ def test_ranks_store_shares_only_where_all_of_them_would() -> None:
     assert set(ours.share_widths) == both
 
 
+def test_ranks_that_have_other_shares_store_none() -> None:
+    x, edge_index = torch.randn(30, 16), torch.randint(30, (2, 200))
+    symmetric = divisors("symmetric", edge_index[1], edge_index[0], 30).reciprocal()
+    ours, theirs = (site_of(quantizer_of(x, edge_index, w)) for w in (symmetric, coefficients(edge_index, 0.3)))
+    assert (ours.share, theirs.share) == ("symmetric", "even")
+    assert 2 in set(ours.share_widths) & set(theirs.share_widths)
+    sent: list[Tensor] = []
+    theirs.agree(lambda value: sent.append(value.clone()) or value)  # type: ignore[func-returns-value]  # noted, and given back
+    answers = iter(sent)
+    ours.agree(lambda value: torch.maximum(value, next(answers)))
+    assert ours.share_widths == ()
+
+
 def test_an_earlier_state_goes_on_as_it_was() -> None:
     """Of before there were shares, or ranges by channel."""
     x, edge_index = skewed()
@@ -184,7 +286,7 @@ def test_an_earlier_state_goes_on_as_it_was() -> None:
     model = Weighted().eval()
     quantizer = SGQuantizer(model, componentwise(attention=2), buckets=None)
     quantizer.load_state_dict(state)
-    assert not any(level.by_share for spot in quantizer.sites for level in quantizer.levels(spot))
+    assert not any(level.share for spot in quantizer.sites for level in quantizer.levels(spot))
     with quantizer:
         model(x, edge_index, weight)
 
@@ -195,7 +297,7 @@ def test_a_state_has_its_shares_and_channels_with_it() -> None:
     again = SGQuantizer(model, 32, granularity="channel")
     again.load_state_dict(quantizer.state_dict())
     assert [again.levels(spot) for spot in again.sites] == [quantizer.levels(spot) for spot in quantizer.sites]
-    assert any(level.by_share for spot in again.sites for level in again.levels(spot))
+    assert any(level.share for spot in again.sites for level in again.levels(spot))
 
 
 # -- channels ----------------------------------------------------------------------------------------------------------
@@ -238,8 +340,24 @@ def test_a_model_is_saved_with_its_channels_and_shares(granularity: Any, tmp_pat
     assert torch.equal(loaded(*graph()) + 0, packed(*graph()) + 0)
 
 
-def test_a_model_in_the_first_version_of_the_format_is_read(tmp_path: Path) -> None:
+def test_a_model_in_the_second_version_of_the_format_is_read(tmp_path: Path) -> None:
+    """Whose levels said of shares that they are even, or nothing."""
+    packed = PackedModel.from_quantizer(calibrated(gat().eval(), topologywise([8, 32, 3, 1])))
+    packed.save(tmp_path)
+    card = json.loads((tmp_path / "card.json").read_text())
+    del card["checksum"]
+    card["version"] = 2
+    for site in card["sites"]:
+        site["levels"] = [[*level[:3], level[3] == "even"] for level in site["levels"]]
+    assert any(level[3] for site in card["sites"] for level in site["levels"])
+    (tmp_path / "card.json").write_text(json.dumps({**card, "checksum": _checksum(card)}))
+    loaded = PackedModel.load(tmp_path, gat())
+    assert loaded._packing.sites == packed._packing.sites
+
+
+def test_a_model_in_the_first_version_of_the_format_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose levels had three items, and whose tables knew no shares."""
+    monkeypatch.setattr(sites, "share_of", lambda *_: "")
     quantizer = calibrated(networks()["LightGCN"]().eval(), topologywise([8, 32, 3, 1]), granularity="tensor")
     packed = PackedModel.from_quantizer(quantizer)
     packed.save(tmp_path)
@@ -258,24 +376,30 @@ def test_a_model_in_the_first_version_of_the_format_is_read(tmp_path: Path) -> N
 # -- packed edges ------------------------------------------------------------------------------------------------------
 
 
-def edges_of(nodes: int, seed: int, buckets: int) -> tuple[PackedFeatures, Tensor]:
+def edges_of(nodes: int, seed: int, buckets: int, share: Share) -> tuple[PackedFeatures, Tensor]:
     """Coefficients of two heads, of receivers some of which have no edge, and what they are worth in the same order."""
     torch.manual_seed(seed)
     receivers = torch.randint(nodes, (nodes * 4,)).clamp(max=max(nodes - 3, 0))
+    senders = torch.randint(nodes, (nodes * 4,))
     x = softmax(torch.randn(receivers.numel(), 2), receivers)
     bucket = torch.randint(buckets, (nodes,))
-    levels = [Level(bits, 0.0, 2.5, by_share=True) if bits % 2 else Level(bits, 0.0, 1.0) for bits in (3, 8, 1)]
+    levels = [Level(bits, 0.0, 2.5, share) if bits % 2 else Level(bits, 0.0, 1.0) for bits in (3, 8, 1)]
     levels = [*levels[:buckets], *([Level(32)] if buckets > 3 else [])]
     order = RowOrder.of_buckets(bucket, buckets) if buckets > 1 else None
-    edges = EdgesByReceiver(receivers, nodes, order)
-    want = fake_quantize(x, levels, bucket[receivers], degree=receiver_degrees(receivers, nodes))
-    return PackedFeatures.encode(x, levels, edges.edge_order, run_of(2), edges.starts), want
+    edges = EdgesByReceiver(receivers, nodes, order, senders)
+    want = fake_quantize(x, levels, bucket[receivers], divisor=divisors(share, receivers, senders, nodes))
+    return PackedFeatures.encode(x, levels, edges.edge_order, run_of(2), edges), want
 
 
 @settings(max_examples=40, deadline=None)
-@given(nodes=st.integers(1, 60), seed=st.integers(0, 2**20), buckets=st.integers(1, 4))
-def test_packed_shares_are_what_is_simulated(nodes: int, seed: int, buckets: int) -> None:
-    packed, want = edges_of(nodes, seed, buckets)
+@given(
+    nodes=st.integers(1, 60),
+    seed=st.integers(0, 2**20),
+    buckets=st.integers(1, 4),
+    share=st.sampled_from(["even", "symmetric"]),
+)
+def test_packed_shares_are_what_is_simulated(nodes: int, seed: int, buckets: int, share: Share) -> None:
+    packed, want = edges_of(nodes, seed, buckets, share)
     assert torch.equal(packed.decode(), want)
     index = torch.randint(len(want), (7,))
     assert torch.equal(packed.decode(index), want[index])
@@ -284,12 +408,13 @@ def test_packed_shares_are_what_is_simulated(nodes: int, seed: int, buckets: int
         assert torch.equal(again.decode(), want)
 
 
-def test_packed_shares_are_saved(tmp_path: Path) -> None:
-    packed, want = edges_of(30, 0, 4)
+@pytest.mark.parametrize("share", ["even", "symmetric"])
+def test_packed_shares_are_saved(share: Share, tmp_path: Path) -> None:
+    packed, want = edges_of(30, 0, 4, share)
     save_features(tmp_path, packed)
     assert torch.equal(load_features(tmp_path).decode(), want)
 
 
 def test_shares_need_to_know_their_receivers() -> None:
-    with pytest.raises(ValueError, match="starts must be given for levels by share, got None"):
-        PackedFeatures.encode(torch.rand(4, 1), [Level(2, 0.0, 2.0, by_share=True)], run=run_of(1))
+    with pytest.raises(ValueError, match="edges must be given for levels with a share, got None"):
+        PackedFeatures.encode(torch.rand(4, 1), [Level(2, 0.0, 2.0, share="even")], run=run_of(1))
