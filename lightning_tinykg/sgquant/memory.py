@@ -61,8 +61,9 @@ class Memory:
         order_bytes: Bytes of where each node is.
         released_bits: Bits by the count of the paper's released code, which reproduces the figures in its comments: of
             each layer its input `x`, what messages are made of if that is not the input (`xW`), `x_i` and `x_j`
-            gathered for every edge, and three attention tensors if the layer computes attention, or the one that it is
-            given. No weights, no metadata. Linear layers outside message passing: input and output.
+            gathered for every edge, in the width of the node that they are of, and three attention tensors if the layer
+            computes attention, or the one that it is given. No weights, no metadata. Linear layers outside message
+            passing: input and output.
     """
 
     stored: tuple[Stored, ...]
@@ -164,41 +165,28 @@ def _part_nbytes(site: Site, level: Level, rows: int, is_whole: bool) -> int:
 def _released_bits(sites: Mapping[Spot, Site], bits: Mapping[Spot, Sequence[int]]) -> float:
     """The count of `Memory.released_bits`: bits, not bytes."""
 
-    def width(spot: Spot) -> float:
-        """The mean width of a tensor's elements."""
-        owner = sites[sites[spot].owner]
-        rows = sum(owner.rows)
-        return sum(n * b for n, b in zip(owner.rows, bits[owner.spot], strict=True)) / rows if rows else 0.0
+    def bits_of(site: Site, rows: Sequence[int]) -> float:
+        """So many rows of each bucket, in the widths of a site."""
+        return site.dim * sum(count * width for count, width in zip(rows, bits[site.owner], strict=True))
 
-    def elements(spot: Spot) -> int:
+    def whole(spot: Spot) -> float:
+        """All rows of a tensor."""
         owner = sites[sites[spot].owner]
-        return sum(owner.rows) * owner.dim
+        return bits_of(owner, owner.rows)
 
     total = 0.0
     for layer in dict.fromkeys(spot.layer for spot in sites):
         of_layer = [spot for spot in sites if spot.layer == layer]
         messages = [spot for spot in of_layer if spot.component == "message"]
-        own = [spot for spot in messages if sites[spot].is_owner]
-        total += sum(
-            elements(spot) * width(spot) for spot in of_layer if spot.component == "embedding" and _first(spot)
-        )
-        total += sum(elements(spot) * width(spot) for spot in own if _first(spot))
-        for spot in (spot for spot in messages if _first(spot)):
-            gathered = sum(sites[again].edges for again in messages if _base(again) == _base(spot))
-            total += 2 * gathered * sites[spot].dim * width(spot)
+        first = [spot for spot in of_layer if "#" not in spot.name]  # where the layer is called for the first time
+        inputs = [s for s in first if s.component == "embedding" and (sites[s].is_owner or not s.name.endswith(".1"))]
+        total += sum(whole(spot) for spot in inputs)
+        total += sum(whole(spot) for spot in messages if spot in first and sites[spot].is_owner)
+        total += sum(bits_of(sites[spot], sites[spot].gathered) for spot in messages if sites[spot].gathered)
         softmax = any(spot.name.startswith("softmax") for spot in of_layer)
         for spot in (spot for spot in of_layer if spot.component == "attention" and sites[spot].dim):
             if not softmax or spot.name.startswith("softmax"):
-                total += (3 if softmax else 1) * elements(spot) * width(spot)
+                total += (3 if softmax else 1) * whole(spot)
         if not messages:
-            total += sum(elements(spot) * width(spot) for spot in of_layer if spot.component == "update")
+            total += sum(whole(spot) for spot in of_layer if spot.component == "update")
     return total
-
-
-def _base(spot: Spot) -> str:
-    return spot.name.partition("#")[0]
-
-
-def _first(spot: Spot) -> bool:
-    """Whether this is the first of a pair, met for the first time."""
-    return "#" not in spot.name and not spot.name.endswith(".1")

@@ -33,7 +33,7 @@ class Site:
         of_edges: Whether its rows are edges.
         dim: Elements of a row.
         rows: Rows in each bucket of degrees, in the largest batch of the calibration.
-        edges: Edges that it is given to messages along.
+        gathered: Of messages: how many of its rows the edges take, in each bucket: a sender's and a receiver's each.
         parameter: Name of the parameter that it is, if it is one.
         degrees: int32, the in-degree of each of the parameter's rows in the graph of the calibration.
         observed: Its range; of an owner only.
@@ -48,7 +48,7 @@ class Site:
     of_edges: bool
     dim: int
     rows: list[int] = field(default_factory=list)
-    edges: int = 0
+    gathered: list[int] = field(default_factory=list)
     parameter: str | None = None
     degrees: Tensor | None = None
     observed: Observed | None = None
@@ -64,7 +64,7 @@ class Site:
     def copy(self) -> Site:
         """The same, to be added to."""
         observed, shares = deepcopy(self.observed), deepcopy(self.shares)
-        return replace(self, rows=list(self.rows), observed=observed, shares=shares)
+        return replace(self, rows=list(self.rows), gathered=list(self.gathered), observed=observed, shares=shares)
 
     def agree(self, most: Callable[[Tensor], Tensor]) -> None:
         """Take the widest of all ranks' ranges; what is stored as shares is so on every rank.
@@ -112,7 +112,7 @@ class Site:
         return site
 
 
-_PLAIN = ("is_stored", "of_edges", "dim", "rows", "edges", "parameter")
+_PLAIN = ("is_stored", "of_edges", "dim", "rows", "gathered", "parameter")
 _RANGES = ("observed", "shares")
 
 NewRange = Callable[[bool, int], Observed]
@@ -166,7 +166,7 @@ class Observer:
                 name, parameter = self._parameters.get(_storage(x), (None, None))
                 if parameter is not None and parameter.shape == x.shape:
                     known.parameter = name
-        known.edges = max(known.edges, meeting.edges)
+        self._count_gathered(known, x.size(0), meeting)
         if known.is_stored:
             return x
         if known.is_owner:
@@ -175,6 +175,18 @@ class Observer:
         self._remember(x, known.owner, is_stored=False)
         self._remember(copy, known.owner, is_stored=True)
         return copy
+
+    def _count_gathered(self, site: Site, rows: int, meeting: Meeting) -> None:
+        if not meeting.gathered:
+            return
+        taken = torch.cat(meeting.gathered)
+        bucket = None if meeting.graph is None else self._bucket_of(meeting.graph, rows, meeting.end)
+        buckets = torch.zeros_like(taken) if bucket is None else bucket[taken]
+        observed = self.sites[site.owner].observed
+        assert observed is not None
+        counts = torch.bincount(buckets, minlength=observed.buckets).tolist()
+        if sum(counts) >= sum(site.gathered):
+            site.gathered = counts
 
     # -- one tensor or two -------------------------------------------------------------------------------------------
 

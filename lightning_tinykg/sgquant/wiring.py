@@ -53,7 +53,7 @@ class Meeting:
         end: 1 for nodes that receive messages, 0 for nodes of another kind that only send.
         receivers: int64 `[E]`, the node of each edge, if the rows are edges; else `None`.
         senders: int64 `[E]`, the node that each edge comes from, if it is known and of the same kind; else `None`.
-        edges: How many edges messages go along, where the tensor is given to them; else 0.
+        gathered: int64 `[E]` each, the rows that edges take of a tensor that messages are made of; else nothing.
         layer: The layer itself.
     """
 
@@ -61,7 +61,7 @@ class Meeting:
     end: int
     receivers: Tensor | None
     senders: Tensor | None
-    edges: int
+    gathered: tuple[Tensor, ...]
     layer: nn.Module
 
     @property
@@ -206,13 +206,15 @@ class Wiring:
             return self._graphs.of(calls[0], getattr(layer, "flow", self._flow))
         return self._graphs.last
 
-    def _met(self, spot: Spot, x: Any, layer: nn.Module, end: int = 1, edges: Any = None, count: int = 0) -> Any:
+    def _met(
+        self, spot: Spot, x: Any, layer: nn.Module, end: int = 1, edges: Any = None, gathered: tuple[Tensor, ...] = ()
+    ) -> Any:
         if not isinstance(x, Tensor) or x.dim() == 0 or is_sparse(x):
             return x
         graph = self.graph_of(layer, edges)
         if graph is not None and end == 1 and isinstance(layer, MessagePassing):
             graph.rows = x.size(0)
-        return self._show(spot, x, Meeting(graph, end, None, None, count, layer))
+        return self._show(spot, x, Meeting(graph, end, None, None, gathered, layer))
 
     def _met_edges(
         self,
@@ -225,7 +227,7 @@ class Wiring:
     ) -> Tensor:
         if receivers is None:
             return x
-        return self._show(spot, x, Meeting(self.graph_of(layer, edges), 1, receivers, senders, x.size(0), layer))
+        return self._show(spot, x, Meeting(self.graph_of(layer, edges), 1, receivers, senders, (), layer))
 
     def _show(self, spot: Spot, x: Tensor, meeting: Meeting) -> Tensor:
         if not x.is_floating_point():
@@ -233,10 +235,12 @@ class Wiring:
         times = self.times[spot] = self.times.get(spot, -1) + 1
         return self._visit(spot._replace(name=f"{spot.name}#{times}") if times else spot, x, meeting)
 
-    def _met_pair(self, spot: Spot, value: Any, layer: nn.Module, edges: Any = None, count: int = 0) -> Any:
-        """A tensor of nodes, or a pair of senders' and receivers'."""
+    def _met_pair(
+        self, spot: Spot, value: Any, layer: nn.Module, edges: Any = None, gathered: tuple[Tensor, ...] = ()
+    ) -> Any:
+        """A tensor of nodes, or a pair of senders' and receivers'; of each edge's two ends the first is the sender."""
         if not isinstance(value, (tuple, list)):
-            return self._met(spot, value, layer, 1, edges, count)
+            return self._met(spot, value, layer, 1, edges, gathered)
         sizes = {item.size(0) for item in value if isinstance(item, Tensor) and item.dim()}
         met: list[Any] = []
         for k, item in enumerate(value):
@@ -245,7 +249,10 @@ class Wiring:
                 continue
             # two kinds of nodes, or one: then the degree of a sender is its degree as a receiver
             end = k if len(sizes) > 1 else 1
-            met.append(self._met(spot._replace(name=f"{spot.name}.{k}"), item, layer, end, edges, count))
+            taken = gathered[k : k + 1]
+            if taken and k == 0 and (value[1] is None or _is_head(value[1], item)):
+                taken = gathered if value[1] is not None else 2 * taken  # of one tensor both ends take rows
+            met.append(self._met(spot._replace(name=f"{spot.name}.{k}"), item, layer, end, edges, taken))
         return tuple(met)
 
     # -- the layers --------------------------------------------------------------------------------------------------
@@ -282,7 +289,8 @@ class Wiring:
         for name, value in kwargs.items():
             if name in lifted or isinstance(value, (tuple, list)) or not _has_rows(value, count):
                 if _is_of_nodes(value, layer.node_dim):
-                    met[name] = self._met_pair(Spot(path, "message", name), value, layer, edges, count)
+                    ends = coming_from, receivers
+                    met[name] = self._met_pair(Spot(path, "message", name), value, layer, edges, ends)
             else:
                 met[name] = self._met_edges(Spot(path, "attention", name), value, layer, receivers, senders, edges)
         if is_torch_sparse_tensor(edges) and kwargs.get("edge_weight", ...) is None:

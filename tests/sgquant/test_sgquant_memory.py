@@ -9,6 +9,7 @@ from torch_geometric import nn as pyg
 
 from lightning_tinykg.bits.plan import Place
 from lightning_tinykg.sgquant import SGQuantizer, layerwise, topologywise, uniform
+from lightning_tinykg.sgquant.granularity import DegreeBuckets
 from lightning_tinykg.sgquant.runs import run_of
 from lightning_tinykg.sgquant.wiring import Spot
 
@@ -35,6 +36,27 @@ def test_the_released_codes_figures_for_gat_on_cora() -> None:
     assert by_layer == 6_070_004 * 4 + 417_756 * 32
     assert by_layer / 1e6 == pytest.approx(37.65, abs=0.005)
     assert quantizer.memory(1).released_bits == 6_487_760
+
+
+def test_what_edges_gather_counts_in_the_width_of_the_node_that_they_gather() -> None:
+    """A quarter of the nodes, with most of the edges, is not a quarter of what is gathered."""
+    x, edge_index = graph()
+    conv = pyg.GraphConv(6, 4).eval()
+    quantizer = SGQuantizer(nn.ModuleList([conv]), topologywise([8, 4, 2, 1]))
+    quantizer.calibrate(lambda: conv(x, edge_index))
+    degree = edge_index[1].bincount(minlength=NODES)
+    bits = torch.tensor([8, 4, 2, 1])[DegreeBuckets.of(degree, quantizer.points)]
+    # the input, which messages are made of, and both ends of each edge
+    assert quantizer.memory().released_bits == 6 * int(bits.sum() + bits[edge_index].sum())
+
+
+def test_of_two_kinds_of_nodes_each_is_gathered_by_its_end() -> None:
+    edge_index = torch.stack([torch.randint(20, (90,)), torch.randint(30, (90,))])
+    conv = pyg.GATv2Conv((6, 5), 4, add_self_loops=False).eval()
+    quantizer = SGQuantizer(nn.ModuleList([conv]), 1, buckets=None)
+    quantizer.calibrate(lambda: conv((torch.randn(20, 6), torch.randn(30, 5)), edge_index))
+    # the inputs, x W of both, a row of each for each edge, and three tensors of attention
+    assert quantizer.memory().released_bits == 20 * 6 + 30 * 5 + (20 + 30) * 4 + 90 * (4 + 4) + 3 * 90
 
 
 def test_bytes_by_hand() -> None:
