@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_tinykg.callback import TinyKGCallback
     from lightning_tinykg.data import CTRDataModule, KGRecDataModule
     from lightning_tinykg.hqgnn import HQGNN, LowBitIndex
-    from lightning_tinykg.models import KGAT, KGCN, KGNNLS, LightGCN
+    from lightning_tinykg.models import KGAT, KGCN, KGIN, KGNNLS, LightGCN
     from lightning_tinykg.sgquant import SGQuantCallback
     from lightning_tinykg.strategy import (
         TinyKGDDPStrategy,
@@ -41,6 +41,7 @@ __all__ = [
     "HQGNN",
     "KGAT",
     "KGCN",
+    "KGIN",
     "KGNNLS",
     "AutoBitSelector",
     "BitPlan",
@@ -78,7 +79,7 @@ _HOMES = {
     "callback": ("TinyKGCallback",),
     "data": ("CTRDataModule", "KGRecDataModule"),
     "hqgnn": ("HQGNN", "LowBitIndex"),
-    "models": ("KGAT", "KGCN", "KGNNLS", "LightGCN"),
+    "models": ("KGAT", "KGCN", "KGIN", "KGNNLS", "LightGCN"),
     "sgquant": ("SGQuantCallback",),
     "strategy": ("TinyKGDDPStrategy", "TinyKGFSDPStrategy", "TinyKGModelParallelStrategy", "TinyKGStrategy"),
 }

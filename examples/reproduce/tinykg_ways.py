@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.checkpoint import checkpoint
 
 from lightning_tinykg import CosineAnneal, compress_activations
-from lightning_tinykg.models import KGAT, KGCN
+from lightning_tinykg.models import KGAT, KGCN, KGIN
 
 WAYS = (
     *("none", "8", "paper-8", "4", "paper-4", "2", "paper-2", "1", "paper-1"),
@@ -93,8 +93,8 @@ def arguments(described: dict[str, Any], budget: int | None = None) -> dict[str,
 class Checkpointed(Callback):
     """Puts a model's layers into `torch.utils.checkpoint`, from outside: each makes its activations again in backward.
 
-    KGAT: each convolution. KGCN and KGNN-LS: the score with its look-ups, which is where nearly all of it is kept; a
-    hop alone would keep the gathered rows.
+    KGAT and KGIN: each convolution. KGCN and KGNN-LS: the score with its look-ups, which is where nearly all of it is
+    kept; a hop alone would keep the gathered rows.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -104,10 +104,10 @@ class Checkpointed(Callback):
             ValueError: for another model.
         """
         again = partial(partial, checkpoint, use_reentrant=False)
-        if isinstance(pl_module, KGAT):
+        if isinstance(pl_module, (KGAT, KGIN)):
             for conv in pl_module.convs:
                 conv.forward = again(conv.forward)
         elif isinstance(pl_module, KGCN):
             pl_module.score = again(pl_module.score)  # type: ignore[method-assign]  # of this instance alone
         else:
-            raise ValueError(f"checkpoint needs a KGAT, KGCN or KGNNLS, got a {type(pl_module).__name__}")
+            raise ValueError(f"checkpoint needs a KGAT, KGIN, KGCN or KGNNLS, got a {type(pl_module).__name__}")

@@ -139,6 +139,10 @@ class RankingModule(L.LightningModule):
         """
         return rows
 
+    def regularizer(self) -> Tensor | float:
+        """What is added to the loss of every batch of pairs; here nothing."""
+        return 0.0
+
     # -- the graph ---------------------------------------------------------------------------------------------------
 
     def _build_if_sized(self) -> None:
@@ -207,7 +211,8 @@ class RankingModule(L.LightningModule):
             hint = "; give the data module triple_batch_size=None" if isinstance(batch, TripleBatch) else ""
             raise TypeError(f"{type(self).__name__} has no loss for a {type(batch).__name__}{hint}")
         bpr = bpr_loss(*rows)
-        loss = bpr + self.l2 * half_squared_norm(*self.penalised(user, positive, negative, rows))
+        penalty = half_squared_norm(*self.penalised(user, positive, negative, rows))
+        loss = bpr + self.l2 * penalty + self.regularizer()
         self.log("train/bpr_loss", bpr, batch_size=user.numel())
         self.log("train/loss", loss, batch_size=user.numel(), prog_bar=True)
         return loss

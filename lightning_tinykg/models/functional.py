@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["best_scored", "bpr_loss", "half_squared_norm", "top_k"]
+__all__ = ["best_scored", "bpr_loss", "distance_correlation", "half_squared_norm", "top_k"]
 
 
 def bpr_loss(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
@@ -36,6 +36,33 @@ def half_squared_norm(*rows: Tensor) -> Tensor:
         tensor(5.)
     """
     return torch.stack([x.square().sum() for x in rows]).sum() / (2 * rows[0].size(0))
+
+
+def distance_correlation(rows: Tensor) -> Tensor:
+    """The distance correlation of each pair of rows, summed: 0 for rows that tell nothing of one another, else up to 1.
+
+    The `D` elements of a row count as draws of a variable (Szekely et al., Annals of Statistics 2007, section 2.2):
+    `dCor(a, b) = dCov(a, b) / sqrt(dCov(a, a) dCov(b, b))`, `dCov(a, b)^2 = mean_jk A_jk B_jk`, with `A` the distances
+    `|a_j - a_k|` less the means of their row and column, plus that of all.
+
+    Args:
+        rows: Float `[P, D]`.
+
+    Returns:
+        A scalar, at most `P (P - 1) / 2`.
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 9.0]])
+        >>> f"{distance_correlation(rows).item():.3f}"
+        '1.000'
+    """
+    distance = (rows[:, :, None] - rows[:, None, :]).abs()
+    centred = distance - distance.mean(1, keepdim=True) - distance.mean(2, keepdim=True) + distance.mean((1, 2), True)
+    flat = centred.flatten(1)
+    # a root has no gradient at 0
+    covariance = ((flat @ flat.t()) / flat.size(1)).clamp(min=0).add(1e-8).sqrt()
+    deviation = covariance.diagonal().sqrt()
+    return (covariance / (deviation[:, None] * deviation[None, :])).triu(diagonal=1).sum()
 
 
 def top_k(users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
