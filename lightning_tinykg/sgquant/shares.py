@@ -155,7 +155,7 @@ class Shares(NamedTuple):
         if self.senders is None or self.degrees is None:
             return arriving
         edge = slots if self.edge is None else self.edge.index_select(0, slots)
-        return _symmetric(arriving, self.degrees.float(), self.senders.index_select(0, edge))
+        return _symmetric(arriving, self.degrees, self.senders.index_select(0, edge))
 
     def tensors(self) -> dict[str, Tensor]:
         """What it holds, by name."""
