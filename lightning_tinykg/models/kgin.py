@@ -18,7 +18,7 @@ __all__ = ["KGIN", "KGINConv", "RelationalPaths"]
 
 
 class RelationalPaths(MessagePassing):  # type: ignore[misc]  # PyG is untyped here
-    """The mean over the neighbours, each times its relation's row: `mean_(r, v) e_r * e_v`, equation 10.
+    """The mean over the neighbours, each times its relation's row: `mean_(r, v) e_r * e_v`.
 
     Example:
         >>> x, relation = torch.tensor([[1.0], [3.0], [0.0]]), torch.tensor([[2.0], [4.0]])
@@ -54,7 +54,7 @@ class RelationalPaths(MessagePassing):  # type: ignore[misc]  # PyG is untyped h
 class KGINConv(nn.Module):
     """One layer of KGIN: entities hear along relations, users hear from their items, by what they intend.
 
-    With intents `e_p` and `beta(u, p) = softmax_p(e_p . e_u)` (equations 8 to 10):
+    With intents `e_p` and `beta(u, p) = softmax_p(e_p . e_u)` (section 3.2):
 
     - `e_v' = mean_(r, w) e_r * e_w` over the entity's edges,
     - `e_u' = (1 + sum_p beta(u, p) e_p) * mean_i e_i` over the user's items. The 1 is from the authors' code.
@@ -96,9 +96,10 @@ class KGINConv(nn.Module):
 class KGIN(RankingModule):
     """KGIN (Wang et al., WWW 2021, arXiv 2102.07314): intents made of relations, and relations along the paths.
 
-    An intent is an attentive mean of the relations' rows, `e_p = sum_r softmax_r(a_rp) e_r` (equations 1 and 2), the
+    An intent is an attentive mean of the relations' rows, `e_p = sum_r softmax_r(a_rp) e_r` (section 3.1), the
     same for all users; each user weighs the intents (see `KGINConv`). A node's embedding is the sum of its own row and
-    of every layer's output. Intents are told apart by a penalty, the distance correlation of each pair (equation 6).
+    of every layer's output. Intents are told apart by a penalty, the distance correlation of each pair, of the two that the paper
+    proposes.
 
     Relations count in both directions, each with a row of its own; "interacts" is none of them. `TripleBatch`es are
     refused, so give the data module `triple_batch_size=None`.

@@ -27,7 +27,7 @@ def with_graph(graph: HeteroData, **options: Any) -> KGIN:
 
 
 def by_hand(model: KGIN, graph: HeteroData) -> tuple[Tensor, Tensor]:
-    """Equations 1, 2 and 8 to 11, node by node."""
+    """Intents, both aggregations and the sum over the layers, node by node."""
     entities, users = model.embedding.weight[: model.num_entities], model.embedding.weight[model.num_entities :]
     relations = model.num_relations
     attention = model.attention.exp() / model.attention.exp().sum(1, keepdim=True)
