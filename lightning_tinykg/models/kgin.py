@@ -96,10 +96,10 @@ class KGINConv(nn.Module):
 class KGIN(RankingModule):
     """KGIN (Wang et al., WWW 2021, arXiv 2102.07314): intents made of relations, and relations along the paths.
 
-    An intent is an attentive mean of the relations' rows, `e_p = sum_r softmax_r(a_rp) e_r` (section 3.1), the
-    same for all users; each user weighs the intents (see `KGINConv`). A node's embedding is the sum of its own row and
-    of every layer's output. Intents are told apart by a penalty, the distance correlation of each pair, of the two that the paper
-    proposes.
+    An intent is an attentive mean of the relations' rows, `e_p = sum_r softmax_r(a_rp) e_r` (section 3.1), the same for
+    all users; each user weighs the intents (see `KGINConv`). A node's embedding is the sum of its own row and of every
+    layer's output. Intents are told apart by a penalty: of the two that the paper proposes, the distance correlation of
+    each pair.
 
     Relations count in both directions, each with a row of its own; "interacts" is none of them. `TripleBatch`es are
     refused, so give the data module `triple_batch_size=None`.
