@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from torch_geometric.data import HeteroData
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import OptTensor
-from torch_geometric.utils import dropout_edge
 
 from lightning_tinykg.data.graph import collaborative_graph
 from lightning_tinykg.models.base import RankingModule
@@ -199,7 +198,8 @@ class KGIN(RankingModule):
         inverted = graph.edge_type >= base
         clicked = graph.edge_index[:, inverted & ~between]
         relation_of = (relation + inverted * (base - 1))[between]
-        return graph.edge_index[:, between], relation_of, clicked - clicked.new_tensor([[0], [graph.num_entities]])
+        clicked = torch.stack([clicked[0], clicked[1] - graph.num_entities])
+        return graph.edge_index[:, between], relation_of, clicked
 
     def intents(self) -> Tensor:
         """The intents' embeddings, `[num_intents, dim]`."""
@@ -209,14 +209,21 @@ class KGIN(RankingModule):
         self, entities: Tensor, users: Tensor, related: Tensor, relation_of: Tensor, clicked: Tensor
     ) -> tuple[Tensor, Tensor]:
         """All layers: users and entities, the sum of each one's own row and every layer's output."""
-        related, kept = dropout_edge(related, self.edge_dropout, training=self.training)
-        clicked, _ = dropout_edge(clicked, self.edge_dropout, training=self.training)
-        relation, intents = self.relation(relation_of[kept]), self.intents()
+        if self.training and self.edge_dropout:
+            kept = self._kept(related)
+            related, relation_of = related[:, kept], relation_of[kept]
+            clicked = clicked[:, self._kept(clicked)]
+        relation, intents = self.relation(relation_of), self.intents()
         all_users, all_entities = users, entities
         for conv in self.convs:
             entities, users = conv(entities, users, intents, relation, related, clicked)
             all_users, all_entities = all_users + users, all_entities + entities
         return all_users, all_entities
+
+    def _kept(self, edges: Tensor) -> Tensor:
+        """Which edges are not dropped: always as many, so that a GPU is not waited for."""
+        count = edges.size(1)
+        return torch.randperm(count, device=edges.device)[: count - int(self.edge_dropout * count)].sort().values
 
     def embed(self) -> tuple[Tensor, Tensor]:
         """Embed the full graph: users `[num_users, dim]`, entities `[num_entities, dim]`, items first."""

@@ -78,9 +78,12 @@ def test_edges_are_dropped_in_training_alone(tiny: HeteroData) -> None:
     model = with_graph(tiny, edge_dropout=0.5)
     whole = with_graph(tiny)
     torch.testing.assert_close(model.eval().embed(), whole.embed())
+    seen: list[tuple[int, int]] = []
+    model.convs[0].register_forward_pre_hook(lambda module, args: seen.append((args[4].size(1), args[5].size(1))))
     model.train()
     first, second = model.embed()[0], model.embed()[0]
     assert not torch.equal(first, second)
+    assert seen == 2 * [(model.related.size(1) // 2, model.clicked.size(1) // 2)]
 
 
 def test_each_parameter_learns(tiny: HeteroData) -> None:
