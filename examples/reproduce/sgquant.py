@@ -9,9 +9,9 @@ epoch. Epochs and plans are judged by the accuracy to be expected at all nodes b
 probabilities: no labels take part but the validation nodes', which say what those are worth. `search` is a plan that
 automatic bit selection found with seed 0's model, fine-tuning each plan it measured for a few epochs: the smallest it
 measured that is to be expected within `--tolerance` of full precision. `search within 1/16` (`--within 16`) is the best
-in a sixteenth of full precision's bytes. Test nodes are looked at once for a line of the table. `at the bytes of N
-bits` asks what uniform N bits could be: the best plan within as many bytes, searched for each seed without fine-tuning,
-by prediction and at random.
+in a sixteenth of full precision's bytes, `--released-within 25` in a 25th by the count of the paper's released code.
+Test nodes are looked at once for a line of the table. `at the bytes of N bits` asks what uniform N bits could be: the
+best plan within as many bytes, searched for each seed without fine-tuning, by prediction and at random.
 
 A finished run is a line in `OUT/results.jsonl` and is not repeated: an interrupted call can simply be made again.
 """
@@ -222,7 +222,7 @@ class Setting:
 
         sought = f"{count}-{within}" if within else count
         path = self.args.out / f"abs-{sought}-{self.name}-{self.kind}-{self.seed}"
-        budget = quantizer.memory(32).full_bytes // within if within else None
+        budget = bytes_of(uniform(32)) // within if within else None
         front = AutoBitSelector(
             self.space(quantizer),
             accuracy,
@@ -290,6 +290,9 @@ def run_all(args: argparse.Namespace, runs: Runs) -> None:
             found: dict[str, BitPlan] = {}
             searches = [(SEARCHES[count], count, 0) for count in args.counts]
             searches += [(f"search within 1/{within}", "packed", within) for within in args.within]
+            searches += [
+                (f"search, released count within 1/{within}", "released", within) for within in args.released_within
+            ]
             for seed in args.seeds:
                 setting = Setting(runs, name, kind, seed)
                 quantizer = setting.quantizer(setting.model())
@@ -349,6 +352,7 @@ def main() -> None:
         "--counts", nargs="*", default=["packed"], choices=list(SEARCHES), help="what a search is to save"
     )
     parser.add_argument("--within", nargs="*", type=int, default=[], help="search within 1/N of full precision's bytes")
+    parser.add_argument("--released-within", nargs="*", type=int, default=[], help="the same, by the released count")
     parser.add_argument("--measurements", type=int, default=40, help="of the search, before it predicts")
     parser.add_argument("--rounds", type=int, default=8, help="of predicted plans")
     parser.add_argument("--per-round", type=int, default=5, help="plans that are measured in a round")

@@ -65,3 +65,9 @@ def test_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     again = run(module, monkeypatch, tmp_path, "--plans", "uniform 2", "uniform 1", "--equal-bytes", *search)
     assert again[: len(rows)] == rows, "a finished run is not repeated"
     assert [row["plan"] for row in again[len(rows) :]] == ["uniform 1", "uniform 1"]
+
+    counts = ("--counts", "--within", "8", "--released-within", "8", "--equal-bytes", "--plans")
+    found = {row["plan"]: row for row in run(module, monkeypatch, tmp_path, *counts, *search)}
+    full_size = found["float32"]
+    assert found["search within 1/8"]["bytes"] <= full_size["full_bytes"] / 8
+    assert found["search, released count within 1/8"]["released_bits"] <= full_size["released_bits"] / 8
