@@ -249,9 +249,9 @@ class Wiring:
                 continue
             # two kinds of nodes, or one: then the degree of a sender is its degree as a receiver
             end = k if len(sizes) > 1 else 1
-            taken = gathered[k : k + 1]
-            if taken and k == 0 and (value[1] is None or _is_head(value[1], item)):
-                taken = gathered if value[1] is not None else 2 * taken  # of one tensor both ends take rows
+            taken, other = gathered[k : k + 1], value[1] if len(value) > 1 else None
+            if k == 0 and (other is None or _is_head(other, item)):
+                taken = 2 * taken if other is None else gathered  # of one tensor both ends take rows
             met.append(self._met(spot._replace(name=f"{spot.name}.{k}"), item, layer, end, edges, taken))
         return tuple(met)
 
@@ -283,14 +283,15 @@ class Wiring:
         edges, size, kwargs = inputs
         lifted = {name[:-2] for name in layer._user_args if name.endswith(("_i", "_j"))}
         receivers, coming_from = _ends(edges, layer.flow)
-        count = receivers.numel()
-        senders = coming_from if _of_one_kind(size, [kwargs.get(name) for name in lifted]) else None
+        ends, count = (coming_from, receivers), receivers.numel()
+        one_kind = _of_one_kind(size, [kwargs.get(name) for name in lifted])
+        senders = coming_from if one_kind else None
         met = dict(kwargs)
         for name, value in kwargs.items():
             if name in lifted or isinstance(value, (tuple, list)) or not _has_rows(value, count):
                 if _is_of_nodes(value, layer.node_dim):
-                    ends = coming_from, receivers
-                    met[name] = self._met_pair(Spot(path, "message", name), value, layer, edges, ends)
+                    taken = ends if one_kind or _is_pair(value) else _asked_for(layer, name, ends)
+                    met[name] = self._met_pair(Spot(path, "message", name), value, layer, edges, taken)
             else:
                 met[name] = self._met_edges(Spot(path, "attention", name), value, layer, receivers, senders, edges)
         if is_torch_sparse_tensor(edges) and kwargs.get("edge_weight", ...) is None:
@@ -334,6 +335,12 @@ def _of_one_kind(size: Any, values: list[Any]) -> bool:
     """Whether senders and receivers are the same nodes: as many, wherever a layer tells both apart."""
     pairs = [[x.size(0) for x in pair if isinstance(x, Tensor) and x.dim()] for pair in values if _is_pair(pair)]
     return all(len(set(pair)) <= 1 for pair in ([n for n in size or () if n is not None], *pairs))
+
+
+def _asked_for(layer: Any, name: str, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Of two kinds of nodes: the end that takes rows of a tensor of one kind, for both; nothing, if none does."""
+    taken = tuple(end for end, suffix in zip(ends, ("_j", "_i"), strict=True) if name + suffix in layer._user_args)
+    return taken if len(taken) > 1 else 2 * taken
 
 
 def _is_pair(value: Any) -> bool:

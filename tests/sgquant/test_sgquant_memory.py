@@ -59,6 +59,17 @@ def test_of_two_kinds_of_nodes_each_is_gathered_by_its_end() -> None:
     assert quantizer.memory().released_bits == 20 * 6 + 30 * 5 + (20 + 30) * 4 + 90 * (4 + 4) + 3 * 90
 
 
+@pytest.mark.parametrize("hyperedges", [5, 90])
+def test_one_tensor_between_two_kinds_is_gathered_by_the_end_that_asks_for_it(hyperedges: int) -> None:
+    """A hypergraph's nodes tell its hyperedges, fewer or more than there are nodes, and these tell the nodes."""
+    index = torch.stack([torch.randint(NODES, (200,)), torch.randint(hyperedges, (200,))])
+    conv = pyg.HypergraphConv(6, 4).eval()
+    quantizer = SGQuantizer(nn.ModuleList([conv]), 1, buckets=None)
+    quantizer.calibrate(lambda: conv(torch.randn(NODES, 6), index))
+    gathered = [site.gathered for spot, site in quantizer.sites.items() if spot.component == "message"]
+    assert gathered == [[400]] * 4  # what is told, and a norm, in both directions
+
+
 def test_bytes_by_hand() -> None:
     x, edge_index = graph()
     model = gat().eval()
