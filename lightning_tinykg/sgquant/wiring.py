@@ -284,7 +284,7 @@ class Wiring:
         lifted = {name[:-2] for name in layer._user_args if name.endswith(("_i", "_j"))}
         receivers, coming_from = _ends(edges, layer.flow)
         ends, count = (coming_from, receivers), receivers.numel()
-        one_kind = _of_one_kind(size, [kwargs.get(name) for name in lifted])
+        one_kind = _of_one_kind(size, [kwargs.get(name) for name in lifted], layer.node_dim)
         senders = coming_from if one_kind else None
         met = dict(kwargs)
         for name, value in kwargs.items():
@@ -331,10 +331,11 @@ def _spread(pointers: Tensor) -> Tensor:
     return torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
 
 
-def _of_one_kind(size: Any, values: list[Any]) -> bool:
-    """Whether senders and receivers are the same nodes: as many, wherever a layer tells both apart."""
-    pairs = [[x.size(0) for x in pair if isinstance(x, Tensor) and x.dim()] for pair in values if _is_pair(pair)]
-    return all(len(set(pair)) <= 1 for pair in ([n for n in size or () if n is not None], *pairs))
+def _of_one_kind(size: Any, values: list[Any], node_dim: int) -> bool:
+    """Whether senders and receivers are the same nodes: as many, in all that a layer takes rows of."""
+    tensors = [x for value in values for x in (value if _is_pair(value) else [value]) if isinstance(x, Tensor)]
+    counts = [x.size(0) for x in tensors if _is_of_nodes(x, node_dim)] + [n for n in size or () if n is not None]
+    return len(set(counts)) <= 1
 
 
 def _asked_for(layer: Any, name: str, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

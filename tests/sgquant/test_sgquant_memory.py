@@ -70,6 +70,27 @@ def test_one_tensor_between_two_kinds_is_gathered_by_the_end_that_asks_for_it(hy
     assert gathered == [[400]] * 4  # what is told, and a norm, in both directions
 
 
+class Between(pyg.MessagePassing):  # type: ignore[misc]  # PyG is untyped here
+    """Queries of one kind of nodes and keys of another, each a tensor of its own, as in HGT."""
+
+    def forward(self, key: Tensor, query: Tensor, edge_index: Tensor) -> Tensor:
+        out: Tensor = self.propagate(edge_index, key=key, query=query)
+        return out
+
+    def message(self, key_j: Tensor, query_i: Tensor) -> Tensor:
+        return key_j * query_i
+
+
+@pytest.mark.parametrize(("keys", "queries"), [(7, 60), (60, 7)])
+def test_two_tensors_of_two_kinds_are_gathered_each_by_its_end(keys: int, queries: int) -> None:
+    edge_index = torch.stack([torch.randint(keys, (200,)), torch.randint(queries, (200,))])
+    conv = Between().eval()
+    quantizer = SGQuantizer(nn.ModuleList([conv]), 1, buckets=None)
+    quantizer.calibrate(lambda: conv(torch.randn(keys, 6), torch.randn(queries, 6), edge_index))
+    gathered = [site.gathered for spot, site in quantizer.sites.items() if spot.component == "message"]
+    assert gathered == [[400]] * 2
+
+
 def test_bytes_by_hand() -> None:
     x, edge_index = graph()
     model = gat().eval()
