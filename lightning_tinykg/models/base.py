@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 from torch_geometric.metrics import LinkPredMetricCollection, LinkPredNDCG, LinkPredRecall
 from torch_geometric.utils import cumsum
@@ -142,6 +142,15 @@ class RankingModule(L.LightningModule):
     def regularizer(self) -> Tensor | float:
         """What is added to the loss of every batch of pairs; here nothing."""
         return 0.0
+
+    # -- what it may use ---------------------------------------------------------------------------------------------
+
+    def node_table(self, dim: int) -> nn.Embedding:
+        """A row of `dim` floats for each entity, then for each user, both Xavier-uniform as tables of their own."""
+        table = nn.Embedding(self.num_entities + self.num_users, dim)
+        for rows in torch.split(table.weight.data, [self.num_entities, self.num_users]):
+            nn.init.xavier_uniform_(rows)
+        return table
 
     # -- the graph ---------------------------------------------------------------------------------------------------
 

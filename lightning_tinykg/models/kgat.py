@@ -181,9 +181,7 @@ class KGAT(RankingModule):
     def build(self) -> None:
         """Create the node table, the layers and the relation tables."""
         relations = 2 * (self.num_relations + 1)  # "interacts" too, and every inverse
-        self.embedding = nn.Embedding(self.num_entities + self.num_users, self.dim)
-        for rows in torch.split(self.embedding.weight.data, [self.num_entities, self.num_users]):
-            nn.init.xavier_uniform_(rows)
+        self.embedding = self.node_table(self.dim)
         widths = [self.dim, *self.layer_dims]
         self.convs = nn.ModuleList(KGATConv(a, b, self.aggregator, self.dropout) for a, b in pairwise(widths))
         inputs = widths[:-1] if self.attention == "in-graph" else widths[:1]

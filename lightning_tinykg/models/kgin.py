@@ -175,9 +175,7 @@ class KGIN(RankingModule):
         """Create the tables of nodes and relations, what intents are made of, and the layers."""
         if self.num_relations < 1:
             raise ValueError("num_relations must be at least 1, since intents are made of relations, got 0")
-        self.embedding = nn.Embedding(self.num_entities + self.num_users, self.dim)
-        for rows in torch.split(self.embedding.weight.data, [self.num_entities, self.num_users]):
-            nn.init.xavier_uniform_(rows)
+        self.embedding = self.node_table(self.dim)
         self.relation = nn.Embedding(2 * self.num_relations, self.dim)
         self.attention = nn.Parameter(torch.empty(self.num_intents, 2 * self.num_relations))
         for table in (self.relation.weight, self.attention):

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_geometric.data import Data, HeteroData
-from torch_geometric.utils import is_sparse, to_edge_index
+from torch_geometric.utils import is_sparse
+
+from lightning_tinykg.sgquant.ends import ends_of
 
 __all__ = ["Graph", "Graphs", "find_edges"]
 
@@ -124,11 +126,6 @@ class Graphs:
                 self.last = graph
                 return graph
         with torch.inference_mode(False), torch.no_grad():
-            if is_sparse(edges):
-                receivers, senders = to_edge_index(edges)[0].long()
-            else:
-                first, second = edges.as_subclass(Tensor).long()
-                receivers, senders = (second, first) if flow == "source_to_target" else (first, second)
-        graph = self.last = Graph(receivers, senders)
+            graph = self.last = Graph(*ends_of(edges, flow))
         self._met = [*self._met[1 - _REMEMBERED :], (weakref.ref(edges), version, flow, graph)]
         return graph

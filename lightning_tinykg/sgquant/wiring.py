@@ -20,6 +20,7 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.utils import is_sparse, is_torch_sparse_tensor
 from torch_geometric.utils.sparse import set_sparse_value
 
+from lightning_tinykg.sgquant.ends import are_of_one_kind, asked_for, ends_of, has_rows, is_head, is_of_nodes, is_pair
 from lightning_tinykg.sgquant.graphs import Graph, Graphs, find_edges
 from lightning_tinykg.sgquant.substitutes import Dropped, with_softmax
 
@@ -239,18 +240,18 @@ class Wiring:
         self, spot: Spot, value: Any, layer: nn.Module, edges: Any = None, gathered: tuple[Tensor, ...] = ()
     ) -> Any:
         """A tensor of nodes, or a pair of senders' and receivers'; of each edge's two ends the first is the sender."""
-        if not isinstance(value, (tuple, list)):
+        if not is_pair(value):
             return self._met(spot, value, layer, 1, edges, gathered)
         sizes = {item.size(0) for item in value if isinstance(item, Tensor) and item.dim()}
         met: list[Any] = []
         for k, item in enumerate(value):
-            if k and _is_head(item, value[0]):  # of a sampled batch: the first nodes, as they are stored
+            if k and is_head(item, value[0]):  # of a sampled batch: the first nodes, as they are stored
                 met.append(met[0] if item is value[0] else met[0][: item.size(0)])
                 continue
             # two kinds of nodes, or one: then the degree of a sender is its degree as a receiver
             end = k if len(sizes) > 1 else 1
             taken, other = gathered[k : k + 1], value[1] if len(value) > 1 else None
-            if k == 0 and (other is None or _is_head(other, item)):
+            if k == 0 and (other is None or is_head(other, item)):
                 taken = 2 * taken if other is None else gathered  # of one tensor both ends take rows
             met.append(self._met(spot._replace(name=f"{spot.name}.{k}"), item, layer, end, edges, taken))
         return tuple(met)
@@ -282,15 +283,15 @@ class Wiring:
     def _on_propagate(self, path: str, layer: Any, inputs: tuple[Any, Any, dict[str, Any]]) -> Any:
         edges, size, kwargs = inputs
         lifted = {name[:-2] for name in layer._user_args if name.endswith(("_i", "_j"))}
-        receivers, coming_from = _ends(edges, layer.flow)
+        receivers, coming_from = ends_of(edges, layer.flow)
         ends, count = (coming_from, receivers), receivers.numel()
-        one_kind = _of_one_kind(size, [kwargs.get(name) for name in lifted], layer.node_dim)
+        one_kind = are_of_one_kind(size, [kwargs.get(name) for name in lifted], layer.node_dim)
         senders = coming_from if one_kind else None
         met = dict(kwargs)
         for name, value in kwargs.items():
-            if name in lifted or isinstance(value, (tuple, list)) or not _has_rows(value, count):
-                if _is_of_nodes(value, layer.node_dim):
-                    taken = ends if one_kind or _is_pair(value) else _asked_for(layer, name, ends)
+            if name in lifted or is_pair(value) or not has_rows(value, count):
+                if is_of_nodes(value, layer.node_dim):
+                    taken = ends if one_kind or is_pair(value) else asked_for(layer, name, ends)
                     met[name] = self._met_pair(Spot(path, "message", name), value, layer, edges, taken)
             else:
                 met[name] = self._met_edges(Spot(path, "attention", name), value, layer, receivers, senders, edges)
@@ -311,63 +312,6 @@ def _around(path: str) -> Iterator[str]:
     return (".".join(parts[:end]) for end in range(len(parts) + 1))
 
 
-def _ends(edges: Any, flow: str) -> tuple[Tensor, Tensor]:
-    """The node at which each edge arrives, and the one that it comes from."""
-    if is_torch_sparse_tensor(edges):
-        if edges.layout == torch.sparse_coo:
-            return edges._indices()[0], edges._indices()[1]
-        if edges.layout == torch.sparse_csr:
-            return _spread(edges.crow_indices()), edges.col_indices()
-        return edges.row_indices(), _spread(edges.ccol_indices())
-    if isinstance(edges, Tensor):
-        return (edges[1], edges[0]) if flow == "source_to_target" else (edges[0], edges[1])
-    receivers, senders, _ = edges.coo()  # torch_sparse's
-    return receivers, senders
-
-
-def _spread(pointers: Tensor) -> Tensor:
-    """The row, or column, of each value of a compressed matrix."""
-    counts = pointers.diff()
-    return torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
-
-
-def _of_one_kind(size: Any, values: list[Any], node_dim: int) -> bool:
-    """Whether senders and receivers are the same nodes: as many, in all that a layer takes rows of."""
-    tensors = [x for value in values for x in (value if _is_pair(value) else [value]) if isinstance(x, Tensor)]
-    counts = [x.size(0) for x in tensors if _is_of_nodes(x, node_dim)] + [n for n in size or () if n is not None]
-    return len(set(counts)) <= 1
-
-
-def _asked_for(layer: Any, name: str, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Of two kinds of nodes: the end that takes rows of a tensor of one kind, for both; nothing, if none does."""
-    taken = tuple(end for end, suffix in zip(ends, ("_j", "_i"), strict=True) if name + suffix in layer._user_args)
-    return taken if len(taken) > 1 else 2 * taken
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, (tuple, list))
-
-
 def _values(edges: Tensor) -> Tensor:
     values: Tensor = edges._values() if edges.layout == torch.sparse_coo else edges.values()
     return values
-
-
-def _has_rows(value: Any, count: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.size(0) == count
-
-
-def _is_head(part: Any, whole: Any) -> bool:
-    """Whether a tensor is the first rows of another."""
-    if part is whole:
-        return True
-    if not (isinstance(part, Tensor) and isinstance(whole, Tensor)) or part.dim() == 0 or is_sparse(whole):
-        return False
-    where = [(x.untyped_storage()._cdata, x.storage_offset(), x.stride(), x.shape[1:]) for x in (part, whole)]
-    return where[0] == where[1] and part.size(0) <= whole.size(0)
-
-
-def _is_of_nodes(value: Any, node_dim: int) -> bool:
-    """Whether the first dimension is that of the nodes."""
-    tensors = [item for item in value if item is not None] if isinstance(value, (tuple, list)) else [value]
-    return all(isinstance(item, Tensor) and item.dim() and node_dim % item.dim() == 0 for item in tensors)
