@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import is_sparse
 
+from lightning_tinykg.sgquant.of_one_block import OfOneBlock
 from lightning_tinykg.sgquant.order import RowOrder
 from lightning_tinykg.sgquant.packed import PackedFeatures
+from lightning_tinykg.sgquant.padding import padded_to
 from lightning_tinykg.sgquant.quantize import Level
 from lightning_tinykg.sgquant.receivers import Block, BlockCache, EdgesByReceiver
 from lightning_tinykg.sgquant.runs import RunWriter, run_of
@@ -22,39 +25,6 @@ __all__ = ["BlockedLayer", "Storage"]
 
 _OUTRIGHT = ("edge_index", "edge_index_j", "adj_t")
 """What a layer may compute anything from, such as a degree: it must see the whole graph then."""
-
-
-class OfOneBlock(torch.Tensor):
-    """Stands for what a layer noted on itself in its last block, so that nobody takes that for the whole.
-
-    It can be passed on, as by a layer that asserts that it has noted something. Whatever else is done with it raises.
-
-    Example:
-        >>> OfOneBlock() is not None
-        True
-        >>> OfOneBlock().shape
-        Traceback (most recent call last):
-            ...
-        RuntimeError: what a layer notes on itself, such as its attention weights, is of one block of edges when it \
-passes messages in blocks: ask the model that was packed
-    """
-
-    @staticmethod
-    def __new__(cls) -> OfOneBlock:
-        """Make one, of nothing."""
-        made: OfOneBlock = torch.Tensor._make_subclass(cls, torch.empty(0))
-        return made
-
-    @classmethod
-    def __torch_function__(cls, *_: Any) -> Any:
-        """Refuse."""
-        raise RuntimeError(
-            "what a layer notes on itself, such as its attention weights, is of one block of edges when it passes "
-            "messages in blocks: ask the model that was packed"
-        )
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # as in Tensor
-        return "OfOneBlock()"
 
 
 class Storage:
@@ -79,6 +49,9 @@ class Storage:
 
     def leaving(self) -> None:
         """Called after the last block."""
+
+    def starting_over(self) -> None:
+        """Called where a block has shown that it can't be done in blocks: the layer runs again, on the whole."""
 
 
 class BlockedLayer:
@@ -115,7 +88,8 @@ class BlockedLayer:
             return self._whole["propagate"](edge_index, size=size, **kwargs)
         self.storage.passing(layer, edges)
         try:
-            return self._propagate(edges, sizes, edge_index, size, kwargs)
+            with padded_to(layer, edges.most):
+                return self._propagate(edges, sizes, edge_index, size, kwargs)
         finally:
             self.storage.leaving()
 
@@ -130,19 +104,19 @@ class BlockedLayer:
         before, out, dim = dict(layer.__dict__), None, layer.node_dim
         for block in edges.blocks(self.block_edges):
             part = self._updated(edge_index, edges, block, sizes, kwargs)
+            pieces, nodes = tree_leaves(part), block.nodes.stop - block.nodes.start
+            if not all(isinstance(piece, Tensor) and piece.size(dim) == nodes for piece in pieces):
+                why = f"its update gives {_described(part, dim)} for {nodes} nodes"
+                self.storage.starting_over()
+                return self._give_up("propagate", why, *given)
             if out is None:
-                if part.size(dim) != block.nodes.stop - block.nodes.start:
-                    why = f"its update gives {part.size(dim)} rows for {block.nodes.stop - block.nodes.start} nodes"
-                    self.storage.leaving()
-                    return self._give_up("propagate", why, *given)
                 if block.nodes.stop == edges.count and edges.order is None:
                     out = part
                     break
-                shape = list(part.shape)
-                shape[dim] = edges.count
-                out = part.new_empty(shape)
-            out.index_copy_(dim, edges.receivers(block), part)
-            del part
+                out = tree_map(lambda piece: _room(piece, dim, edges.count), part)
+            for whole, piece in zip(tree_leaves(out), pieces, strict=True):
+                whole.index_copy_(dim, edges.receivers(block), piece)
+            del part, pieces
         else:
             for name, value in layer.__dict__.items():
                 if isinstance(value, Tensor) and before.get(name) is not value:
@@ -182,6 +156,9 @@ class BlockedLayer:
             for hook in post.values():
                 result = hook(layer, (edge_index, size, given), part)
                 part = part if result is None else result
+            if not isinstance(part, Tensor):
+                self.storage.starting_over()
+                return self._give_up("edge_updater", f"it gives {_described(part, 0)}", edge_index, size, kwargs)
             if out is None:
                 shape = torch.Size((edges.total, *part.shape[1:]))
                 if levels is None:
@@ -204,7 +181,7 @@ class BlockedLayer:
 
     def _updated(
         self, edge_index: Tensor, edges: EdgesByReceiver, block: Block, sizes: list[int], kwargs: Mapping[str, Any]
-    ) -> Tensor:
+    ) -> Any:
         """The rows of a block's receivers: message, aggregate, update, as PyG's `propagate` runs them."""
         layer = self.layer
         self.storage.entering(layer, edges, block)
@@ -223,8 +200,7 @@ class BlockedLayer:
         for hook in layer._aggregate_forward_hooks.values():
             result = hook(layer, (given,), out)
             out = out if result is None else result
-        updated: Tensor = layer.update(out, **self._collected("update", edge_index, edges, block, sizes, kwargs))
-        return updated
+        return layer.update(out, **self._collected("update", edge_index, edges, block, sizes, kwargs))
 
     def _collected(
         self,
@@ -339,6 +315,17 @@ class BlockedLayer:
 
 
 _warned: set[str] = set()
+
+
+def _room(piece: Tensor, dim: int, nodes: int) -> Tensor:
+    """Room for what a block's piece is of, of all nodes."""
+    shape = list(piece.shape)
+    shape[dim] = nodes
+    return piece.new_empty(shape)
+
+
+def _described(part: Any, dim: int) -> str:
+    return f"{part.size(dim)} rows" if isinstance(part, Tensor) else f"a {type(part).__name__}"
 
 
 def _hooked(result: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Message passing a block of receivers at a time, so that no tensor of messages as long as the edges ever exists.
 
 The edges that arrive at a node are all in one block, in the order in which they came. So whatever a layer does with a
-receiver's messages (a sum, a mean, a maximum, a softmax, an update) sees exactly those that it sees otherwise, and the
-sum of a receiver's messages adds up in the same order: results are equal to the last bit wherever an operation treats
-the rows that it is given one by one, on one thread. Where it need not be so: matrix products *within* `message`,
-`aggregate` or `update`, whose rounding a BLAS may let depend on how many rows there are; and with more threads
-than one, which may add in any order.
+receiver's messages (a sum, a mean, a maximum, a softmax, an update) sees exactly those that it sees otherwise, padded
+as in the whole graph where an aggregation pads them (`padding.py`), and the sum of a receiver's messages adds up in the
+same order: results are equal to the last bit wherever an operation treats the rows that it is given one by one, on one
+thread. Where it need not be so: matrix products *within* `message`, `aggregate` or `update`, whose rounding a BLAS may
+let depend on how many rows there are; and with more threads than one, which may add in any order.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,6 +123,11 @@ Block(nodes=slice(2, 3, None), edges=slice(2, 4, None))])
         """How many edges arrive at each node, int64 `[nodes]`."""
         arriving = self.starts.diff()
         return arriving if self.order is None else arriving.index_select(0, self.order.slots(slice(None)))
+
+    @property
+    def most(self) -> int:
+        """How many edges arrive at the node at which the most do."""
+        return int(np.diff(self._starts).max(initial=0))
 
     @property
     def nbytes(self) -> int:

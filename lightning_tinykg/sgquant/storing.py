@@ -71,6 +71,7 @@ class Packing(Storage):
         self._orders: list[tuple[Tensor, RowOrder]] = []
         self._edges: EdgesByReceiver | None = None
         self._block: Block | None = None
+        self._met_at_start: dict[Spot, int] = {}  # before a layer's messages, and before each of its blocks
         self._met_before: dict[Spot, int] = {}
         self._given: Spot | None = None  # what `edge_updater` gives at present
         self._packed: dict[Spot, tuple[Tensor, EdgesByReceiver, PackedFeatures]] = {}
@@ -111,12 +112,12 @@ class Packing(Storage):
 
     def _store_edges(self, site: PackedSite, owner: PackedSite, x: Tensor, meeting: Meeting) -> Tensor:
         edges, receivers, bucket = self._edges, meeting.receivers, None
+        assert receivers is not None
         if edges is not None and self._block is not None:
-            if x.size(0) != self._block.edges.stop - self._block.edges.start:
-                raise RuntimeError(f"{site.owner} must be of the edges of its block, got {x.size(0)} rows")
             if self._is_result(site.owner):
                 return x  # `edge_updater` gives it, and stores it
-            receivers = edges.receivers(self._block)[edges.local(self._block)]
+            # numbered within the block; of all its edges or of some, such as those of one relation
+            receivers = edges.receivers(self._block)[receivers]
         elif edges is not None and x.size(0) == edges.total and x.dtype == torch.float32:
             known = self._packed.get(site.owner)
             if known is None or known[0] is not x or known[1] is not edges:
@@ -124,7 +125,6 @@ class Packing(Storage):
                 packed = PackedFeatures.encode(x, owner.levels, edges.edge_order, run, edges)
                 known = self._packed[site.owner] = (x, edges, self._noted(site.owner, packed))
             return known[2]
-        assert receivers is not None
         known_rows = 0 if meeting.graph is None else meeting.graph.rows
         rows = edges.count if edges is not None else known_rows or int(receivers.max()) + 1
         if len(owner.levels) > 1:
@@ -153,12 +153,13 @@ class Packing(Storage):
 
     def passing(self, layer: MessagePassing, edges: EdgesByReceiver) -> None:
         """What the hooks on `propagate` meet is of these edges."""
-        self._edges, self._block = edges, None
+        assert self._wiring is not None
+        self._edges, self._block, self._met_at_start = edges, None, dict(self._wiring.times)
 
     def edge_levels(self, layer: MessagePassing, edges: EdgesByReceiver) -> Sequence[Level] | None:
         """How the softmax in `edge_update` is stored: in a layer that is called again, that of this call."""
         assert self._wiring is not None
-        path = self._path(layer)
+        path, self._met_at_start = self._path(layer), dict(self._wiring.times)
         for spot, site in self.sites.items():
             if spot.layer == path and site.of_edges and site.owner == spot and self._is_result(spot):
                 name, _, times = spot.name.partition("#")
@@ -180,6 +181,14 @@ class Packing(Storage):
     def leaving(self) -> None:
         """After the last block."""
         self._edges = self._block = None
+
+    def starting_over(self) -> None:
+        """What has been met of a layer is met again."""
+        assert self._wiring is not None
+        self.leaving()
+        self._met_before = self._met_at_start
+        self._wiring.times.clear()
+        self._wiring.times.update(self._met_at_start)
 
     def edges_stored(self, layer: MessagePassing, packed: PackedFeatures) -> None:
         """What `edge_updater` gave."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
@@ -61,19 +61,21 @@ class Case:
 
     Attributes:
         name: what it is called where it fails.
-        forward: runs the forward; a tensor or any structure of them.
+        forward: runs the forward; a tensor or any structure of them. That of a module may be given a copy of it.
         leaves: what gradients are asked of.
         finish: applied to the result outside of the context: makes a gradient well-defined (the sign of an SVD).
         z_test: whether to test it for a bias; not where it saves what another case saves.
         saturated: whether its values are such that ops may pass next to nothing on; see :data:`BOUND`.
+        module: the module that the forward runs, if it is one.
     """
 
     name: str
-    forward: Callable[[], Any]
+    forward: Callable[..., Any]
     leaves: Sequence[Tensor]
     finish: Callable[[Any], Any] = lambda result: result
     z_test: bool = True
     saturated: bool = False
+    module: nn.Module | None = None
 
 
 @dataclass

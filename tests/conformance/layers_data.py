@@ -43,14 +43,14 @@ def step(
     leaves = [*parameters, *(value for value in tree_leaves(inputs) if _is_leaf(value))]
     state = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
-    def forward() -> Any:
+    def forward(module: nn.Module = module) -> Any:
         with torch.no_grad():
             for buffer, before in state:
                 buffer.copy_(before)
         copied, named = tree_map(lambda value: torch.ops.aten.clone(value) if _is_leaf(value) else value, inputs)
         return run(module, *copied, **named) if run is not None else module(*copied, **named)
 
-    return Case(type(module).__name__, forward, leaves, z_test=z_test)
+    return Case(type(module).__name__, forward, leaves, z_test=z_test, module=module)
 
 
 def _is_leaf(value: Any) -> bool:
@@ -107,9 +107,9 @@ def searching(build: Builder) -> Builder:
         with searches():
             case = build()
 
-        def forward() -> Any:
+        def forward(*module: nn.Module) -> Any:
             with searches():
-                return case.forward()
+                return case.forward(*module)
 
         return replace(case, forward=forward)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric import nn as pyg
 from torch_geometric.nn.models import LightGCN
+from torch_geometric.utils import softmax
 
 from lightning_tinykg.models.kgat import KGATConv
 from lightning_tinykg.sgquant import SGQuantizer
@@ -101,6 +102,7 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
         "GAT": gat,
         "GATv2": lambda: Net(lambda a, b: pyg.GATv2Conv(a, b, heads=2, concat=False)),
         "AGNN": AGNN,
+        "Within relations": lambda: WithinRelations(kind),
         "SAGE": lambda: Net(pyg.SAGEConv),
         "SAGE-max": lambda: Net(lambda a, b: pyg.SAGEConv(a, b, aggr="max", project=True)),
         "GIN": lambda: Net(lambda a, b: pyg.GINConv(_mlp(a, b))),
@@ -114,6 +116,25 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
         "GATv2, again": lambda: Again(pyg.GATv2Conv(FEATURES, FEATURES)),
     }
     return makers
+
+
+class WithinRelations(pyg.MessagePassing):
+    """Attention that sums to 1 over the edges of one relation at a receiver, as RGAT can have it."""
+
+    def __init__(self, kind: Tensor) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        out: Tensor = self.propagate(edge_index, x=x, kind=self.kind[: edge_index.size(1)])
+        return out
+
+    def message(self, x_j: Tensor, kind: Tensor, index: Tensor) -> Tensor:
+        attention = torch.zeros(x_j.size(0), 1)
+        for relation in range(3):
+            own = kind == relation
+            attention[own] = softmax(x_j[own, :1], index[own])
+        return attention * x_j
 
 
 class Again(nn.Module):

@@ -11,8 +11,10 @@ import torch
 from networks import AGNN, Embedded, Net, gat, graph, networks
 from torch import Tensor, nn
 from torch_geometric import nn as pyg
+from torch_geometric.utils import softmax
 
 from lightning_tinykg.bits.plan import BitPlan
+from lightning_tinykg.sgquant import blocked
 from lightning_tinykg.sgquant.files import PackedFileError, load_features, save_features
 from lightning_tinykg.sgquant.granularity import topologywise
 from lightning_tinykg.sgquant.model import PackedModel
@@ -63,6 +65,45 @@ def test_a_packed_model_gives_what_the_simulated_one_gives(name: str, plan: str)
         assert torch.equal(packed(features, edge_index) + 0, expected)
 
 
+class EverySecond(pyg.MessagePassing):
+    """Its update gives half the rows, and its attention is updated by itself, or with something else."""
+
+    def __init__(self, pair: bool) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        given = self.edge_updater(edge_index, x=x)
+        weight = given[0] if self.pair else given
+        out: Tensor = self.propagate(edge_index, x=x, weight=weight)
+        return out.repeat_interleave(2, 0)
+
+    def edge_update(self, x_i: Tensor, x_j: Tensor, index: Tensor) -> Any:
+        weight = softmax((x_i * x_j).sum(1), index)
+        return (weight, x_i) if self.pair else weight
+
+    def message(self, x_j: Tensor, weight: Tensor) -> Tensor:
+        return x_j * weight[:, None]
+
+    def update(self, inputs: Tensor) -> Tensor:
+        return inputs[::2]
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_a_block_shows_to_be_of_the_whole_is_stored_as_in_the_simulated_one(plan: str, pair: bool) -> None:
+    bits, options = PLANS[plan]
+    quantizer = calibrated(EverySecond(pair), bits, **options)
+    packed = PackedModel.from_quantizer(quantizer, block_edges=9)
+    expected = simulated(quantizer)
+    blocked._warned.clear()
+    with pytest.warns(UserWarning, match=r"its update gives \d+ rows for \d+ nodes") as told:
+        assert torch.equal(packed(*graph()) + 0, expected)
+    assert pair == any("it gives a tuple" in str(warning.message) for warning in told)
+    with torch.no_grad():
+        assert not torch.equal(expected, quantizer.model(*graph()))
+
+
 def test_everything_that_has_a_width_is_stored_in_it() -> None:
     model = Net(lambda a, b: pyg.GATConv(a, b, heads=2, concat=False))
     quantizer = calibrated(model, 2, buckets=None)
@@ -96,7 +137,7 @@ def test_the_bytes_that_are_counted_are_those_that_are_stored(name: str, widths:
         spot = Spot(rows.place.layer, rows.place.component, rows.name)
         counted[spot] = counted.get(spot, 0) + rows.packed_bytes
     # coefficients that a softmax gives within a block are gone after it: they are counted as if they were stored
-    within = {spot for spot in counted if name == "AGNN" and spot.component == "attention"}
+    within = {spot for spot in counted if name in ("AGNN", "Within relations") and spot.component == "attention"}
     assert {spot: nbytes for spot, nbytes in counted.items() if spot not in within} == stored
     orders = [order for _, order in packed._packing._orders]
     orders += [table.order for table in packed.tables.values() if table.order is not None]
