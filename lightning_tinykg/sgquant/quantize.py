@@ -8,8 +8,8 @@ Coefficients that sum to 1 over the edges of a receiver, as a softmax gives them
 for all of them most would lie within the first step. They are quantized as multiples of that even share, `x * degree`,
 and divided by the degree again, which the graph tells and which takes no byte; see `shares.py`.
 
-The gradient is the straight-through estimator's with a clip mask: it passes where `zero <= x <= zero + scale * (2**b
-- 1)`, and is 0 beyond, where moving `x` would change nothing.
+The gradient is the straight-through estimator's with a clip mask: it passes from the least value of the range to its
+greatest, and is 0 beyond, where moving `x` would change nothing.
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ class FakeQuantize(torch.autograd.Function):
             y = torch.where(protected[:, None], whole, y)
             passes = None if passes is None else passes | protected[:, None]
         ctx.save_for_backward(passes)
-        return y.to(x.dtype).reshape(x.shape)
+        # not as a view, which whoever is given it could not change in place, as `relu_` does
+        stored: Tensor = torch.ops.aten._unsafe_view(y.to(x.dtype), x.shape)
+        return stored
 
     @staticmethod
     @once_differentiable
@@ -165,17 +167,19 @@ def _stored_alike(rows: Tensor, level: Level, wants_mask: bool) -> tuple[Tensor,
     y = affine(nearest_codes(rows, scale, zero, level.bits), scale, zero)
     if level.per_row or not wants_mask:
         return y, None  # nothing lies beyond a row's own range
-    return y, (rows >= spread(zero, rows)) & (rows <= spread(zero + scale * level.top, rows))
+    highest = torch.maximum(zero + scale * level.top, _constant(level.high, rows.device))
+    return y, (rows >= spread(zero, rows)) & (rows <= spread(highest, rows))
 
 
 class _Tables(NamedTuple):
     """The levels by bucket: a row takes its own by indexing, and no GPU is waited for.
 
-    Of each bucket one value, or for `scale` and `zero` one for each channel.
+    Of each bucket one value, or for `scale`, `zero` and `highest` one for each channel.
     """
 
     scale: Tensor
     zero: Tensor
+    highest: Tensor
     top: Tensor
     is_sign: Tensor
     is_whole: Tensor
@@ -192,12 +196,14 @@ def _tables(levels: tuple[Level, ...], device: torch.device) -> _Tables:
     is_sign = torch.tensor([level.bits == 1 for level in levels])
     is_whole = torch.tensor([level.bits == 32 for level in levels])
     has_share = torch.tensor([bool(level.share) for level in levels])
-    scale = scale_of(low, high, tops if low.dim() == 1 else tops[:, None])
-    scale, low, tops, is_sign, is_whole, has_share = (
-        v.to(device) for v in (scale, low, tops, is_sign, is_whole, has_share)
+    top = tops if low.dim() == 1 else tops[:, None]
+    scale = scale_of(low, high, top)
+    highest = torch.maximum(low + scale * top, high)  # the greatest level may be rounded to less
+    scale, low, highest, tops, is_sign, is_whole, has_share = (
+        v.to(device) for v in (scale, low, highest, tops, is_sign, is_whole, has_share)
     )
     per_row, any_sign = any(level.per_row for level in levels), any(level.bits == 1 for level in levels)
-    return _Tables(scale, low, tops, is_sign, is_whole, has_share, per_row, any_sign)
+    return _Tables(scale, low, highest, tops, is_sign, is_whole, has_share, per_row, any_sign)
 
 
 def _by_bucket(ends: Sequence[float | tuple[float, ...] | None]) -> Tensor:
@@ -218,5 +224,5 @@ def _stored(rows: Tensor, tables: _Tables, bucket: Tensor, wants_mask: bool) -> 
     y = torch.where(is_whole, rows, affine(codes, scale, zero))
     if tables.per_row or not wants_mask:
         return y, None
-    highest = zero + scale * (top if scale.dim() == 1 else top[:, None])
+    highest = tables.highest[bucket]
     return y, ((rows >= spread(zero, rows)) & (rows <= spread(highest, rows))) | is_whole

@@ -1,7 +1,10 @@
-"""Every layer and model of PyTorch Geometric that passes messages, quantized and packed by SGQuant."""
+"""Every layer and model of PyTorch Geometric that passes messages, quantized, fine-tuned and packed by SGQuant."""
+
+from typing import Any
 
 import pytest
 import torch
+from checking import Case
 from layers import CASES, case
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -27,22 +30,33 @@ LAYERS = [
 ]
 
 
+def floats(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def passing(name: str) -> tuple[Case, nn.Module] | None:
+    """A case whose module passes messages, and that module; None: it was refused."""
+    made = case(name)
+    assert made.module is not None
+    if any(isinstance(part, MessagePassing) for part in made.module.modules()):
+        return made, made.module
+    with pytest.raises(ValueError, match="model must hold PyG MessagePassing layers"):
+        SGQuantizer(made.module)
+    return None
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_packed_gives_what_simulated_gives(name: str) -> None:
-    made = case(name)
-    module = made.module
-    assert module is not None
-    module.eval()
-    if not any(isinstance(part, MessagePassing) for part in module.modules()):
-        with pytest.raises(ValueError, match="model must hold PyG MessagePassing layers"):
-            SGQuantizer(module)
+    found = passing(name)
+    if found is None:
         return
+    made, module = found
+    module.eval()
 
     def run(model: nn.Module) -> list[Tensor]:
         torch.manual_seed(0)
         with torch.no_grad():
-            leaves = tree_leaves(made.forward(model))
-        return [leaf + 0 for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            return [leaf + 0 for leaf in floats(made.forward(model))]
 
     want = run(module)
     quantizer = SGQuantizer(module, topologywise((8, 4, 2, 1)))
@@ -58,3 +72,31 @@ def test_packed_gives_what_simulated_gives(name: str) -> None:
     with PackedModel.from_quantizer(quantizer, block_edges=7).running() as packed:
         for found, expected in zip(run(packed), want, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_fine_tuning_reaches_every_parameter(name: str) -> None:
+    found = passing(name)
+    if found is None:
+        return
+    made, module = found
+    module.train()
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(1)
+        return floats(made.forward())
+
+    def gradients() -> list[Tensor | None]:
+        loss = sum((leaf * torch.linspace(-1, 1, leaf.numel()).view_as(leaf)).sum() for leaf in run())
+        assert isinstance(loss, Tensor)
+        return list(torch.autograd.grad(loss, made.leaves, allow_unused=True))
+
+    want = gradients()
+    quantizer = SGQuantizer(module, 32)
+    quantizer.calibrate(run)
+    with quantizer:
+        assert all(a is b or torch.equal(a, b) for a, b in zip(gradients(), want, strict=True))
+        quantizer.set_plan(topologywise((8, 4, 2, 1)))
+        rounded = gradients()
+    assert [grad is None for grad in rounded] == [grad is None for grad in want]
+    assert all(grad.isfinite().all() for grad in rounded if grad is not None)

@@ -127,6 +127,30 @@ def test_the_gradient_passes_within_the_range_and_not_beyond(bits: int) -> None:
     assert torch.equal(x.grad, torch.where(inside, upstream, 0))
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_gradient_passes_at_the_ends_of_the_range(bits: int) -> None:
+    """The greatest level is rounded, and may be a bit less than the range's end."""
+    ends = torch.randn(300, 2).sort(dim=1).values
+    for low, high in ends.tolist():
+        x = torch.tensor([[low, high]], requires_grad=True)
+        fake_quantize(x, [Level(bits, low, high)]).sum().backward()
+        fake_quantize(x, [Level(bits, low, high), Level(8, 0.0, 1.0)], torch.tensor([0])).sum().backward()
+        assert x.grad is not None
+        assert x.grad.tolist() == [[2.0, 2.0]]
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 3), (6, 2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_result_may_be_changed_in_place(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape, dtype=dtype).requires_grad_()
+    fake_quantize(x, [Level(4, -2.0, 2.0)]).relu_().sum().backward()
+    in_place, x.grad = x.grad, None
+    fake_quantize(x, [Level(4, -2.0, 2.0)]).relu().sum().backward()
+    assert in_place is not None
+    assert in_place.any()
+    assert torch.equal(in_place, x.grad)
+
+
 def test_gradients_of_different_widths() -> None:
     x = torch.tensor([[-1.0, 0.5, 2.0]] * 3).requires_grad_()
     levels = [Level(1, 0.0, 1.0), Level(32), Level(4, 0.0, 3.0)]
