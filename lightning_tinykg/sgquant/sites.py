@@ -144,17 +144,21 @@ class Observer:
         # coefficients of some receivers, of the last batch, with their receivers and divisors
         self._shares: dict[Spot, tuple[Tensor, Tensor, Tensor]] = {}
         self.node_counts: set[int] = set()
+        # of this call: how many nodes there are, and how many rows linear layers took
+        self._nodes: set[int] = set()
+        self._rows: dict[Spot, int] = {}
+        self._not_of_nodes: set[Spot] = set()
 
     def __call__(self, spot: Spot, x: Tensor, meeting: Meeting) -> Tensor:
         """Look at a tensor; return a copy."""
         of_nodes = meeting.receivers is None
         is_passing = isinstance(meeting.layer, MessagePassing)
-        if x.numel() == 0 and x.size(0) == 0 and spot not in self.sites:
-            return x
-        if not is_passing and x.dim() != 2:
+        if x.size(0) == 0 or (not is_passing and x.dim() != 2):
             return x
         if is_passing and of_nodes:
-            self.node_counts.add(x.size(0))
+            self._nodes.add(x.size(0))
+        elif not is_passing:
+            self._rows[spot] = x.size(0)
         known = self.sites.get(spot)
         if known is None:
             owner, is_stored = self._earlier(x) or (spot, False)
@@ -254,7 +258,12 @@ class Observer:
             site.rows = rows
 
     def settle(self, graph: Graph | None) -> None:
-        """At the end of a call of the model: look at what was met before its graph."""
+        """At the end of a call of the model: look at what was met before its graph, and whether that is of its nodes."""
+        if self._nodes:
+            self.node_counts |= self._nodes
+            self._not_of_nodes |= {spot for spot, rows in self._rows.items() if rows not in self._nodes}
+        self._nodes.clear()
+        self._rows.clear()
         waiting, self._waiting = self._waiting, []
         for site, x in waiting:
             bucket = None if graph is None else self._bucket_of(graph, x.size(0), 1)
@@ -263,14 +272,15 @@ class Observer:
     def finish(self) -> None:
         """When all has been seen: decide at which widths shares are better, and leave out what is not of nodes.
 
-        That are linear layers that took no rows of nodes; an earlier calibration has found out which of its do.
+        That are linear layers that took other rows than a call's nodes, such as those of its graphs; an earlier
+        calibration has found out which of its do.
         """
         for spot, seen in self._shares.items():
             self.sites[spot].share_widths = _share_widths(self.sites[spot], *seen)
         for spot, site in list(self.sites.items()):
             if spot in self._earlier_sites or not site.is_owner or site.of_edges:
                 continue
-            if sum(site.rows) not in self.node_counts:
+            if spot in self._not_of_nodes or sum(site.rows) not in self.node_counts:
                 self.sites = {s: other for s, other in self.sites.items() if other.owner != spot}
 
 

@@ -34,10 +34,11 @@ class Net(nn.Module):
         self.extra, self.dropout = extra, dropout
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        extra = [of_edges[: edge_index.size(1)] for of_edges in self.extra]
         x = F.dropout(x, self.dropout, self.training)
-        x = self.conv1(x, edge_index, *self.extra).relu()
+        x = self.conv1(x, edge_index, *extra).relu()
         x = F.dropout(x, self.dropout, self.training)
-        return self.conv2(x, edge_index, *self.extra)
+        return self.conv2(x, edge_index, *extra)
 
 
 class AGNN(nn.Module):

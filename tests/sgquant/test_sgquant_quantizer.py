@@ -31,6 +31,49 @@ def test_linear_layers_are_places_if_they_take_nodes() -> None:
     assert layers == {"lin1", "prop1", "prop2", "lin2"}
 
 
+def test_a_head_that_takes_as_many_graphs_as_another_batch_has_nodes_is_no_place() -> None:
+    class Pooled(AGNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
+            out: Tensor = self.head(pyg.global_mean_pool(super().forward(x, edge_index), batch))
+            return out
+
+    def batches() -> None:
+        edge_index = torch.tensor([[1, 2], [0, 1]])
+        model(torch.randn(3, 6), edge_index, torch.zeros(3, dtype=torch.long))
+        model(torch.randn(8, 6), edge_index, torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]))
+
+    model = Pooled().eval()
+    quantizer = SGQuantizer(model, topologywise((8, 4, 2, 1)))
+    quantizer.calibrate(batches)
+    layers = {place.layer for place in quantizer.places()}
+    assert "lin1" in layers
+    assert "head" not in layers
+    with quantizer:
+        batches()
+
+
+@pytest.mark.parametrize("name", networks())
+def test_a_batch_without_edges_or_nodes_may_follow_another(name: str) -> None:
+    model = networks()[name]().eval()
+    x, edge_index = graph()
+    nothing = torch.empty(2, 0, dtype=torch.long)
+
+    def batches() -> None:
+        model(x, edge_index)
+        model(x, nothing)
+        if name not in ("LightGCN", "Sampled"):  # whose nodes are its own; which samples
+            model(x[:0], nothing)
+
+    quantizer = SGQuantizer(model, topologywise((8, 4, 2, 1)))
+    quantizer.calibrate(batches)
+    with quantizer:
+        batches()
+
+
 def test_a_linear_layer_called_before_its_graph_is_seen_is_a_place_too() -> None:
     class Held(nn.Module):
         def __init__(self) -> None:
