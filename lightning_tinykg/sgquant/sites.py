@@ -258,7 +258,7 @@ class Observer:
             site.rows = rows
 
     def settle(self, graph: Graph | None) -> None:
-        """At the end of a call of the model: look at what was met before its graph, and whether that is of its nodes."""
+        """At the end of a call: look at what was met before its graph, and whether linear layers took its nodes."""
         if self._nodes:
             self.node_counts |= self._nodes
             self._not_of_nodes |= {spot for spot, rows in self._rows.items() if rows not in self._nodes}
