@@ -64,7 +64,7 @@ class ExpectedAccuracy:
         if int(classes.min()) < 0 or int(classes.max()) >= logits.shape[1]:
             wrong = sorted({int(label) for label in classes} - set(range(logits.shape[1])))
             raise ValueError(f"labels must be from 0 to {logits.shape[1] - 1}, got {wrong[0]}")
-        temperatures = torch.logspace(-1.5, 1.5, _TEMPERATURES).tolist()
+        temperatures = torch.logspace(-1.5, 1.5, _TEMPERATURES, dtype=torch.float32).tolist()
         losses = torch.stack([functional.cross_entropy(some / temperature, classes) for temperature in temperatures])
         self.temperature: float = temperatures[int(losses.argmin())]
         self.probabilities = (logits / self.temperature).softmax(dim=-1)

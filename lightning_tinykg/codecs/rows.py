@@ -127,12 +127,12 @@ class PackedRows:
             device: Where.
         """
         if bits == 32:
-            nothing = torch.empty(0, device=device)
-            return cls([torch.zeros(rows, dim, device=device)], nothing, nothing, bits, dim)
+            nothing = torch.empty(0, dtype=torch.float32, device=device)
+            return cls([torch.zeros(rows, dim, dtype=torch.float32, device=device)], nothing, nothing, bits, dim)
         widths = PLANES[check_row_bits(bits)]
         planes = [torch.zeros(rows, packed_size(dim, width), dtype=torch.uint8, device=device) for width in widths]
         if scale is None or zero is None:
-            scale, zero = torch.ones(rows, device=device), torch.zeros(rows, device=device)
+            scale, zero = (torch.full((rows,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
         return cls(planes, scale.to(device), zero.to(device), bits, dim)
 
     @classmethod
@@ -264,7 +264,7 @@ class PackedRows:
             kernels.dequantize(planes[0], zero, scale, self.bits, target)
         else:
             # whole numbers below 2**24, which float32 adds exactly; then scaled and shifted, as `affine` does
-            nothing, shift = torch.zeros(len(out), device=out.device), self.bits
+            nothing, shift = torch.zeros(len(out), dtype=torch.float32, device=out.device), self.bits
             upper = target.new_empty(target.shape)
             for number, (plane, width) in enumerate(zip(planes, widths, strict=True)):
                 shift -= width

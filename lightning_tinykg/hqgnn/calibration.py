@@ -60,7 +60,7 @@ def best_clip(
     most = flat.max().clamp(min=tiny)
     if method == "percentile":
         return flat.quantile(percentile).clamp(min=tiny).reshape(1)
-    shares = torch.linspace(0.02, 1.0, 96, device=flat.device)
+    shares = torch.linspace(0.02, 1.0, 96, dtype=torch.float32, device=flat.device)
     errors = torch.stack([_error(flat, weights, most * share, bits) for share in shares])
     best = errors.argmin().clamp(1, len(shares) - 2)
     left, middle, right = (errors[best + offset] for offset in (-1, 0, 1))

@@ -175,7 +175,7 @@ class PackedFeatures(torch.Tensor):
         if self.order is None:
             return self.decode_slots(slice(None) if rows is None else rows)
         if rows is None and self.order.row is not None:  # by slot: the slots of rows would have to be made
-            out = torch.empty(self.shape, device=self.device)
+            out = torch.empty(self.shape, dtype=torch.float32, device=self.device)
             for part in row_chunks(self.size(0), prod(self.row_shape), self.device):
                 out[self.order.row[part]] = self.decode_slots(part)
             return out
@@ -189,7 +189,7 @@ class PackedFeatures(torch.Tensor):
         elif self.run > 1:
             return self.decode_slots(slice(None)).index_select(0, slots)
         count = slots.numel() if isinstance(slots, Tensor) else max(slots.stop - slots.start, 0)
-        out = torch.empty(count, prod(self.row_shape), device=self.device)
+        out = torch.empty(count, prod(self.row_shape), dtype=torch.float32, device=self.device)
         for number, which, own in self.slots_by_part(slots):
             part = self.parts[number]
             if self.run > 1 and isinstance(own, slice):
@@ -297,7 +297,7 @@ class PackedFeatures(torch.Tensor):
 
     def _hold(self, x: Tensor) -> None:
         """Hold these values, as they are, from now on."""
-        nothing = torch.empty(0, device=x.device)
+        nothing = torch.empty(0, dtype=torch.float32, device=x.device)
         self.parts = (PackedRows([x.reshape(x.size(0), -1)], nothing, nothing, 32, prod(self.row_shape)),)
         self.order, self.run, self.shares = None, 1, None
 
@@ -341,7 +341,7 @@ class PackedFeatures(torch.Tensor):
 def _room(level: Level, rows: int, dim: int, device: torch.device) -> PackedRows:
     if level.per_row or level.bits == 32:
         return PackedRows.empty(rows, dim, level.bits, device=device)
-    scale, zero = level.scale_and_zero(torch.empty(0, dim, device=device))
+    scale, zero = level.scale_and_zero(torch.empty(0, dim, dtype=torch.float32, device=device))
     return PackedRows.empty(rows, dim, level.bits, scale, zero, device)
 
 

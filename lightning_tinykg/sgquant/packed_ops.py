@@ -36,7 +36,7 @@ def _by_blocks(x: Any, weight: Tensor, product: Callable[[Tensor, slice], Tensor
     if not isinstance(x, PackedFeatures) or isinstance(weight, PackedFeatures) or x.dim() != 2 or weight.dim() != 2:
         return NotImplemented
     width = weight.size(1)
-    out = torch.empty(x.size(0), width, device=x.device)
+    out = torch.empty(x.size(0), width, dtype=torch.float32, device=x.device)
     step = max(64, _BLOCK_ELEMENTS // max(prod(x.row_shape), width, 1) // 64 * 64)
     for first in range(0, x.size(0), step):
         rows = slice(first, min(first + step, x.size(0)))

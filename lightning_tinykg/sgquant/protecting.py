@@ -65,5 +65,5 @@ def protected_nodes(degrees: Tensor, protect: tuple[float, float], seed: int, st
     """
     generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + step * 0x85EBCA77) % 2**63)
     # drawn on the CPU, so that the same nodes are drawn whatever the device
-    drawn = torch.rand(degrees.numel(), generator=generator).to(degrees.device)
+    drawn = torch.rand(degrees.numel(), generator=generator, dtype=torch.float32).to(degrees.device)
     return drawn < protection(degrees, protect)

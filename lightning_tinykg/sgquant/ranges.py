@@ -92,7 +92,11 @@ def least_error(values: Tensor, bits: int, weights: Tensor | None = None) -> tup
     unit = (values[-1] - values[0]).clamp(min=torch.finfo(torch.float64).tiny)
     values = (values - middle) / unit  # the square of a great value would overflow, that of a small one be 0
     best = values.new_ones(2)
-    for exponents in (torch.arange(0, -17, -1), torch.arange(8, -9, -1) / 8, torch.arange(8, -9, -1) / 64):
+    for exponents in (
+        torch.arange(0, -17, -1),
+        torch.arange(8, -9, -1).double() / 8,
+        torch.arange(8, -9, -1).double() / 64,
+    ):
         shares = (best[:, None] * torch.exp2(exponents)).clamp(max=1)
         pairs = torch.cartesian_prod(values[0] * shares[0], values[-1] * shares[1])
         zero, scale = pairs[:, 0], scale_of(pairs[:, 0], pairs[:, 1], 2**bits - 1)
@@ -132,9 +136,11 @@ class Observed:
             raise ValueError(f"percentile must be above 0.5 and at most 1, got {percentile}")
         self.kind, self.percentile, self.buckets = kind, percentile, buckets
         ranges = buckets + 1 + channels  # of each bucket, of all, of each channel
-        self.low, self.high = torch.full((ranges,), torch.inf), torch.full((ranges,), -torch.inf)
+        self.low, self.high = (torch.full((ranges,), end, dtype=torch.float32) for end in (torch.inf, -torch.inf))
         self.seen = [0] * ranges  # batches that had any such row
-        self.quantiles = torch.zeros(ranges, _QUANTILES if kind == "mse" else 0)  # mean over the batches
+        self.quantiles = torch.zeros(
+            ranges, _QUANTILES if kind == "mse" else 0, dtype=torch.float32
+        )  # mean over the batches
         self._fitted: dict[tuple[int, int], tuple[float, float]] = {}
 
     def add(self, x: Tensor, bucket: Tensor | None, weight: Tensor | None = None) -> None:

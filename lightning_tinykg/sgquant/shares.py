@@ -48,8 +48,8 @@ def divisors(share: Share, receivers: Tensor, senders: Tensor | None, rows: int)
         >>> divisors("even", receivers, None, rows=3), divisors("symmetric", receivers, senders, rows=3)
         (tensor([1., 2., 2.]), tensor([1.4142, 1.4142, 1.4142]))
     """
-    ones = torch.ones(receivers.numel(), device=receivers.device)
-    degree = torch.zeros(rows, device=receivers.device).index_add_(0, receivers, ones)
+    ones = torch.ones(receivers.numel(), dtype=torch.float32, device=receivers.device)
+    degree = torch.zeros(rows, dtype=torch.float32, device=receivers.device).index_add_(0, receivers, ones)
     arriving = degree.index_select(0, receivers)
     if share == "even":
         return arriving
@@ -92,7 +92,7 @@ def share_of(x: Tensor, receivers: Tensor, senders: Tensor | None, rows: int) ->
 
 
 def _sums_to_one(x: Tensor, receivers: Tensor, senders: Tensor | None, rows: int) -> bool:
-    total = torch.zeros(rows, x.size(1), device=x.device).index_add_(0, receivers, x)
+    total = x.new_zeros(rows, x.size(1)).index_add_(0, receivers, x)
     return _is_nearly_one(total.index_select(0, receivers))
 
 

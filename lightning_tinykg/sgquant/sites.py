@@ -76,7 +76,7 @@ class Site:
             return
         self.observed.agree(most)
         if self.of_edges:
-            otherwise = most(torch.tensor([float(bits not in self.share_widths) for bits in WIDTHS]))
+            otherwise = most(torch.tensor([bits not in self.share_widths for bits in WIDTHS]).float())
             number = torch.tensor([SHARES.index(self.share)]).float()
             if float(most(number)) != -float(most(-number)):  # not all ranks have the same
                 otherwise.fill_(1)

@@ -131,7 +131,7 @@ class WithinRelations(pyg.MessagePassing):
         return out
 
     def message(self, x_j: Tensor, kind: Tensor, index: Tensor) -> Tensor:
-        attention = torch.zeros(x_j.size(0), 1)
+        attention = x_j.new_zeros(x_j.size(0), 1)
         for relation in range(3):
             own = kind == relation
             attention[own] = softmax(x_j[own, :1], index[own])

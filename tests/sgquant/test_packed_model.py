@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_tinykg.bits.plan import BitPlan
 from lightning_tinykg.sgquant import blocked
 from lightning_tinykg.sgquant.files import PackedFileError, load_features, save_features
 from lightning_tinykg.sgquant.granularity import topologywise
+from lightning_tinykg.sgquant.memory import Memory
 from lightning_tinykg.sgquant.model import PackedModel
 from lightning_tinykg.sgquant.packed import PackedFeatures
 from lightning_tinykg.sgquant.quantizer import SGQuantizer
@@ -63,6 +64,40 @@ def test_a_packed_model_gives_what_the_simulated_one_gives(name: str, plan: str)
     elif name != "LightGCN":
         features = packed.pack_features(x, edge_index)
         assert torch.equal(packed(features, edge_index) + 0, expected)
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request: Any) -> Iterator[torch.dtype]:
+    """What Lightning's "64-true" and "bf16-true" set while a module runs."""
+    before = torch.get_default_dtype()
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "name", sorted(networks().keys() - {"RGCN"})
+)  # which makes tensors of the default dtype itself
+def test_the_default_dtype_changes_nothing(name: str, plan: str, default_dtype: torch.dtype) -> None:
+    bits, options = PLANS[plan]
+    model = networks()[name]()
+
+    x, edge_index = graph()
+
+    def results() -> tuple[Tensor, Tensor, Memory]:
+        copied = copy.deepcopy(model).eval()
+        quantizer = SGQuantizer(copied, bits, **options)
+        quantizer.calibrate(lambda: copied(x, edge_index))
+        with quantizer, torch.no_grad():
+            simulated = copied(x, edge_index)
+        return simulated, PackedModel.from_quantizer(quantizer, 9)(x, edge_index) + 0, quantizer.memory()
+
+    want = results()
+    torch.set_default_dtype(default_dtype)
+    found = results()
+    assert torch.equal(found[0], want[0])
+    assert torch.equal(found[1], want[1])
+    assert found[2] == want[2]
 
 
 class EverySecond(pyg.MessagePassing):
