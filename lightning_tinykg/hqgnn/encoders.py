@@ -18,6 +18,8 @@ __all__ = ["describe", "embed", "lending_the_log", "make", "warm_start"]
 def embed(encoder: nn.Module, num_items: int) -> tuple[Tensor, Tensor]:
     """Users `[num_users, d]` and items `[num_items, d]`, from `encoder.embed()`, or `encoder()` if it has none.
 
+    Float32, whatever the encoder computes in: the precision of embeddings is what the quantizers decide.
+
     Raises:
         TypeError: If it returns anything else than two matrices.
         ValueError: If there are fewer items than the graph has.
@@ -34,7 +36,7 @@ def embed(encoder: nn.Module, num_items: int) -> tuple[Tensor, Tensor]:
     users, items = result
     if items.size(0) < num_items:
         raise ValueError(f"{type(encoder).__name__} must embed all {num_items} items, got {items.size(0)} rows")
-    return users, items[:num_items]
+    return users.float(), items[:num_items].float()
 
 
 def _shape(result: Any) -> str:

@@ -200,7 +200,8 @@ class HQGNN(QuantizedRanking):
             among = None
             place = ids = (batch.user, batch.positive, batch.negative)
         else:
-            raw = self.encoder.embed_sampled(batch)  # type: ignore[operator]  # not every encoder samples
+            sampled = self.encoder.embed_sampled(batch)  # type: ignore[operator]  # not every encoder samples
+            raw = sampled[0].float(), sampled[1].float()
             among = batch["entity"].n_id < self.num_items
             place = (batch["user"].src_index, batch["entity"].dst_pos_index, batch["entity"].dst_neg_index)
             names = (batch["user"].n_id, batch["entity"].n_id, batch["entity"].n_id)

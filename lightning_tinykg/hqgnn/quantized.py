@@ -182,7 +182,7 @@ class QuantizedRanking(RankingModule):
         """Users at full precision, float32 `[num_users, d]`: what is scored unless `quantize_users`."""
         self._require_graph()
         with self._evaluating():
-            return self._ready(*encoders.embed(self.encoder, self.num_items))[0].float()
+            return self._ready(*encoders.embed(self.encoder, self.num_items))[0]
 
     def export(self, directory: str | Path, **options: Any) -> Any:
         """Write what a service needs to a folder: packed codes, ids, seen items, a card.

@@ -170,7 +170,7 @@ class Quantizer(nn.Module):
 
     def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Step and value of code 0, for float32 `x` `[n, d]`: `(scale, zero)`, `[1]`, `[n]` or `[n, groups]` each."""
-        step = self.log_clip.exp() * (2 / (2**self.bits - 1)) * self._amplitude(x)
+        step = self.log_clip.float().exp() * (2 / (2**self.bits - 1)) * self._amplitude(x)
         step = step.clamp(min=torch.finfo(torch.float32).tiny)  # of embeddings that are all the same nothing is left
         return step, symmetric_zero(step, self.bits)
 

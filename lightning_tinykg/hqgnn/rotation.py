@@ -8,6 +8,9 @@ turns (Gong and Lazebnik, CVPR 2011, "Iterative Quantization", section 2.2, ther
     B = Q(X R),    R = argmin |B - X R|^2 = V U'    with U S V' the singular value decomposition of B' X.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -59,6 +62,14 @@ class Rotation(nn.Module):
         matrix = state["matrix"]
         self.matrix = matrix if matrix is None or self.matrix is None else matrix.to(self.matrix.device)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotation:
+        """Move it; it stays in float32: rounded to 16 bits, it would be no rotation."""
+        matrix = self.matrix
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of PyTorch
+        if matrix is not None and self.matrix is not None:
+            self.matrix = matrix.to(self.matrix.device)
+        return self
+
     @torch.no_grad()
     def fit(self, x: Tensor, quantizer: Quantizer) -> None:
         """Find the rotation for these rows.
@@ -69,11 +80,18 @@ class Rotation(nn.Module):
         """
         if self.kind == "none" or quantizer.bits == 32:
             return
+        with torch.autocast(x.device.type, enabled=False):
+            matrix = self._found(x, quantizer)
+        with torch.inference_mode(False):  # Lightning's evaluation, whose tensors no later training could use
+            self.matrix = matrix.clone()
+
+    def _found(self, x: Tensor, quantizer: Quantizer) -> Tensor:
+        """The matrix."""
         # on the CPU: the same on every device, and small
         generator = torch.Generator().manual_seed(self.seed)
         dim = x.size(1)
         basis, signs = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))
-        matrix = (basis * signs.diagonal().sign()).float().to(x.device)
+        matrix: Tensor = (basis * signs.diagonal().sign()).float().to(x.device)
         if self.kind == "itq":
             sample = x[:: -(-x.size(0) // ROWS)].float()
             was_training = quantizer.training
@@ -85,8 +103,7 @@ class Rotation(nn.Module):
                 left, _, right = torch.linalg.svd(sample.t() @ rounded)
                 matrix = left @ right
             quantizer.train(was_training)
-        with torch.inference_mode(False):  # Lightning's evaluation, whose tensors no later training could use
-            self.matrix = matrix.clone()
+        return matrix
 
     def forward(self, x: Tensor) -> Tensor:
         """`x R`, `[n, d]`; `x` itself as long as there is no rotation."""

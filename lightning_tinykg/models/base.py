@@ -12,7 +12,7 @@ from torch_geometric.metrics import LinkPredMetricCollection, LinkPredNDCG, Link
 from torch_geometric.utils import cumsum
 
 from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
-from lightning_tinykg.models.functional import best_scored, bpr_loss, half_squared_norm
+from lightning_tinykg.models.functional import best_scored, bpr_loss, dot_products, half_squared_norm
 
 __all__ = ["RankingModule"]
 
@@ -124,7 +124,7 @@ class RankingModule(L.LightningModule):
     def scorer(self) -> Callable[[Tensor], Tensor]:
         """What scores all items, `[U, num_items]`, for users int64 `[U]`: here the dot product, by one `embed`."""
         users, items = self.embed()
-        return lambda user: users[user] @ items[: self.num_items].t()
+        return lambda user: dot_products(users[user], items[: self.num_items])
 
     def penalised(
         self, user: Tensor, positive: Tensor, negative: Tensor, rows: tuple[Tensor, ...]
@@ -247,7 +247,7 @@ class RankingModule(L.LightningModule):
         """Rank all items for a chunk of users and update the metrics."""
         assert self._embedded is not None
         users, items = self._embedded
-        self._rank(users[batch.user] @ items[: self.num_items].t(), batch)
+        self._rank(dot_products(users[batch.user], items[: self.num_items]), batch)
 
     def _rank(self, scores: Tensor, batch: RankingBatch) -> None:
         """Update the metrics with a chunk of users' scores of all items."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["best_scored", "bpr_loss", "distance_correlation", "half_squared_norm", "top_k"]
+__all__ = ["best_scored", "bpr_loss", "distance_correlation", "dot_products", "half_squared_norm", "top_k"]
 
 
 def bpr_loss(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
@@ -65,6 +65,24 @@ def distance_correlation(rows: Tensor) -> Tensor:
     return (covariance / (deviation[:, None] * deviation[None, :])).triu(diagonal=1).sum()
 
 
+def dot_products(users: Tensor, items: Tensor) -> Tensor:
+    """Scores of all items for some users, `[U, I]`: in float32 at least, whatever the embeddings are computed in.
+
+    With the 8 bits of a bfloat16's mantissa, which autocast would give them, hundreds of items would score the same.
+
+    Args:
+        users: Float `[U, D]`.
+        items: Float `[I, D]`, of the same dtype.
+
+    Example:
+        >>> dot_products(torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(3, 2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    with torch.autocast(users.device.type, enabled=False):
+        wide = torch.promote_types(users.dtype, torch.float32)
+        return users.to(wide) @ items.to(wide).t()
+
+
 def top_k(users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The `k` items with the greatest dot product for every user, the excluded ones left out.
 
@@ -84,7 +102,7 @@ def top_k(users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None) -
         >>> items
         tensor([[2, 1]])
     """
-    return best_scored(users @ items.t(), k, exclude)
+    return best_scored(dot_products(users, items), k, exclude)
 
 
 def best_scored(scores: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:

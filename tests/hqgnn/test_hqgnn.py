@@ -15,6 +15,8 @@ from lightning_tinykg import CosineAnneal, StepAnneal, TinyKGCallback
 from lightning_tinykg.data.batches import BPRBatch
 from lightning_tinykg.data.graph import add_inverse_edges
 from lightning_tinykg.hqgnn import HQGNN
+from lightning_tinykg.hqgnn.quantizer import Quantizer
+from lightning_tinykg.hqgnn.rotation import Rotation
 from lightning_tinykg.models import KGAT, LightGCN
 from lightning_tinykg.models.functional import bpr_loss
 
@@ -104,6 +106,34 @@ def test_what_is_scored_is_what_is_encoded(
     expected = (asked[[0, 3]] @ items.decode().t()).topk(5)
     assert torch.equal(best, expected.indices)
     torch.testing.assert_close(scores, expected.values)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+@pytest.mark.parametrize("options", [{"rotate": "itq"}, {"hessian": "hutchinson", "distillation": 0.5}])
+def test_the_encoder_may_compute_in_any_precision(
+    precision: Any, options: dict[str, Any], make_data: Any, quiet: dict[str, Any], tmp_path: Path
+) -> None:
+    """Codes are of float32 embeddings, and so are the rotation and the export."""
+    data = make_data()
+    model = HQGNN(trained(data, quiet), bits=2, quantizer_lr=0.01, **options)
+    trainer = fit(model, data, quiet, precision=precision, max_epochs=2)
+    recall = trainer.test(model, data, verbose=False)[0]["test/recall@20"]
+    assert recall > 0.3
+    users = torch.arange(10)
+    items, scores = model.recommend(users, k=5)
+    assert scores.dtype == torch.float32
+    index = model.export(tmp_path / "index")
+    found = index.recommend(users.numpy(), k=5)
+    assert (torch.from_numpy(found[0]) == items).float().mean() > 0.9
+    torch.testing.assert_close(torch.from_numpy(found[1]), scores, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rotation_stays_one_whatever_it_is_cast_to() -> None:
+    x, rotation = torch.randn(200, 8), Rotation("itq")
+    rotation.fit(x, Quantizer(bits=1))
+    want = rotation(x)
+    assert torch.equal(rotation.to(torch.bfloat16)(x), want)
+    assert torch.equal(rotation.double()(x), want)
 
 
 def test_full_precision_post_training_and_trained_are_one_class(make_data: Any, quiet: dict[str, Any]) -> None:

@@ -33,6 +33,18 @@ def graph(make_data: Any) -> HeteroData:
     return data.graph
 
 
+def test_items_are_ranked_in_float32_under_autocast_too(make_data: Any, fit_options: dict[str, Any]) -> None:
+    """With a bfloat16's 8 bits many items would score the same; what is served is ranked in float32."""
+    data = make_data()
+    model = LightGCN(dim=16, lr=0.01, k=[5, 20])
+    L.Trainer(**fit_options | {"max_epochs": 2}).fit(model, data)
+    exact, mixed = (
+        L.Trainer(**fit_options | {"precision": precision}).test(model, data, verbose=False)
+        for precision in ("32-true", "bf16-mixed")
+    )
+    assert mixed == exact
+
+
 @pytest.mark.parametrize("num_layers", [0, 1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_embeddings_and_gradient_are_those_of_the_layers(
