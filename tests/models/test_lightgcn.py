@@ -35,7 +35,7 @@ def graph(make_data: Any) -> HeteroData:
 
 def test_items_are_ranked_in_float32_under_autocast_too(make_data: Any, fit_options: dict[str, Any]) -> None:
     """With a bfloat16's 8 bits many items would score the same; what is served is ranked in float32."""
-    data = make_data()
+    data = make_data(triple_batch_size=None)
     model = LightGCN(dim=16, lr=0.01, k=[5, 20])
     L.Trainer(**fit_options | {"max_epochs": 2}).fit(model, data)
     exact, mixed = (
