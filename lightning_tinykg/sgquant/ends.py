@@ -82,6 +82,16 @@ def asked_for(layer: Any, name: str, ends: tuple[Tensor, Tensor]) -> tuple[Tenso
     return taken if len(taken) > 1 else 2 * taken
 
 
+def end_of(layer: Any, name: str) -> int:
+    """Which of two kinds of nodes a tensor is of that messages are made of: 0, if only senders take rows of it; else 1.
+
+    Args:
+        layer: A message passing layer.
+        name: What it calls the tensor.
+    """
+    return int(f"{name}_j" not in layer._user_args or f"{name}_i" in layer._user_args)
+
+
 def is_pair(value: Any) -> bool:
     """Whether something is a pair, of senders' and receivers'."""
     return isinstance(value, (tuple, list))

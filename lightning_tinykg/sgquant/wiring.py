@@ -20,7 +20,16 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.utils import is_sparse, is_torch_sparse_tensor
 from torch_geometric.utils.sparse import set_sparse_value
 
-from lightning_tinykg.sgquant.ends import are_of_one_kind, asked_for, ends_of, has_rows, is_head, is_of_nodes, is_pair
+from lightning_tinykg.sgquant.ends import (
+    are_of_one_kind,
+    asked_for,
+    end_of,
+    ends_of,
+    has_rows,
+    is_head,
+    is_of_nodes,
+    is_pair,
+)
 from lightning_tinykg.sgquant.graphs import Graph, Graphs, find_edges
 from lightning_tinykg.sgquant.substitutes import Dropped, with_softmax
 
@@ -291,8 +300,12 @@ class Wiring:
         for name, value in kwargs.items():
             if name in lifted or is_pair(value) or not has_rows(value, count):
                 if is_of_nodes(value, layer.node_dim):
-                    taken = ends if one_kind or is_pair(value) else asked_for(layer, name, ends)
-                    met[name] = self._met_pair(Spot(path, "message", name), value, layer, edges, taken)
+                    spot = Spot(path, "message", name)
+                    if one_kind or is_pair(value):
+                        met[name] = self._met_pair(spot, value, layer, edges, ends)
+                    else:
+                        taken, end = asked_for(layer, name, ends), end_of(layer, name)
+                        met[name] = self._met(spot, value, layer, end, edges, taken)
             else:
                 met[name] = self._met_edges(Spot(path, "attention", name), value, layer, receivers, senders, edges)
         if is_torch_sparse_tensor(edges) and kwargs.get("edge_weight", ...) is None:

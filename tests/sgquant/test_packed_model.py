@@ -338,3 +338,29 @@ def test_a_quantizer_that_knows_nothing_is_refused_and_one_that_is_attached_stay
     PackedModel.from_quantizer(quantizer)
     assert quantizer.is_attached
     quantizer.detach()
+
+
+@pytest.mark.parametrize("senders", [9, 60])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: pyg.TransformerConv((6, 6), 4, heads=2),
+        lambda: pyg.GATConv((6, 6), 4, heads=2, add_self_loops=False),
+        lambda: pyg.GATv2Conv((6, 6), 4, add_self_loops=False),
+        lambda: pyg.SAGEConv((6, 6), 4),
+        lambda: pyg.ResGatedGraphConv((6, 6), 4),
+    ],
+    ids=["transformer", "gat", "gatv2", "sage", "gated"],
+)
+def test_senders_of_another_kind_have_their_own_degrees(make: Callable[[], nn.Module], senders: int) -> None:
+    model, sent = make().eval(), torch.randn(senders, 6)
+    x, edge_index = graph()
+    edge_index = torch.stack([edge_index[0] % senders, edge_index[1]])
+    quantizer = SGQuantizer(model, topologywise([8, 4, 3, 1]))
+    quantizer.calibrate(lambda: model((sent, x), edge_index))
+    for site in quantizer.sites.values():
+        if site.is_owner and not site.of_edges:
+            assert sum(site.rows) in (senders, len(x))
+    with quantizer, torch.no_grad():
+        expected = model((sent, x), edge_index)
+    assert torch.equal(PackedModel.from_quantizer(quantizer, 9)((sent, x), edge_index) + 0, expected)
