@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ class PackedModel(nn.Module):
             # a table is not copied: in its place stands the packed one
             memo: dict[int, Any] = {id(parameters[name]): table for name, table in tables.items()}
             model = copy.deepcopy(quantizer.model, memo)
+            _uncompile_methods(model, memo)
         finally:
             if was_attached:
                 quantizer.attach()
@@ -304,6 +306,18 @@ class PackedModel(nn.Module):
             raise PackedFileError(f"{folder}: of another model: {error}") from None
         model.requires_grad_(False)
         return packed
+
+
+def _uncompile_methods(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a copied module methods of its own where it has compiled ones, which stay those of what it was copied from.
+
+    Lightning puts them there, of a module that was given to the Trainer as `torch.compile(module)`.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            method = getattr(value, "_torchdynamo_orig_callable", None)
+            if isinstance(method, MethodType) and id(method.__self__) in memo:
+                module.__dict__[name] = MethodType(method.__func__, memo[id(method.__self__)])
 
 
 def _pack_table(

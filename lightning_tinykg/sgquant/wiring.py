@@ -8,6 +8,7 @@ of the model's classes is edited, and all of it is undone by `remove`.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class Wiring:
         layers = layers_of(model)
         for part in dict.fromkeys(part for path in layers for part in _around(path)):
             module = model.get_submodule(part)
-            self._put(module, "forward", self._scoped(module, part if part in layers else None))
+            self._put(module, "forward", _not_traced(self._scoped(module, part if part in layers else None)))
         for path, layer in layers.items():
             if isinstance(layer, MessagePassing):
                 self._flow = layer.flow
@@ -317,6 +318,12 @@ class Wiring:
 
     def _on_softmax(self, path: str, layer: nn.Module, alpha: Tensor, index: Tensor | None) -> Tensor:
         return self._met_edges(Spot(path, "attention", "softmax"), alpha, layer, index)
+
+
+def _not_traced(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a compiled model run it as it is written: a trace would keep what is met in its first call."""
+    # to ask for it would load the compiler, which takes seconds
+    return torch.compiler.disable(forward) if "torch._dynamo" in sys.modules else forward
 
 
 def _around(path: str) -> Iterator[str]:

@@ -124,6 +124,33 @@ def test_an_evaluation_before_the_fit_changes_nothing_in_it(quiet: Any) -> None:
     assert model.losses == plain.losses
 
 
+def compiled(model: Classifier, how: str) -> Any:
+    """A part of the model compiled, in place or as an attribute, or the whole, as it is given to a Trainer."""
+    if how == "attribute":
+        model.net = torch.compile(model.net, backend="eager")
+    elif how == "in place":
+        model.net.compile(backend="eager")
+    elif how == "a layer":
+        model.net.conv1.compile(backend="eager")
+    return torch.compile(model, backend="eager") if how == "the whole" else model
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("how", ["attribute", "in place", "a layer", "the whole"])
+def test_a_compiled_model_is_quantized_and_packed_as_it_is_written(how: str, quiet: Any) -> None:
+    found = {}
+    for way in ("", how):
+        model, callback = Classifier(), SGQuantCallback(4, finetune_epochs=2)
+        L.Trainer(**quiet, max_epochs=4, callbacks=[callback]).fit(compiled(model, way))
+        with callback.quantizer, torch.no_grad():
+            simulated = model(*graph())
+        found[way] = model.losses, simulated, callback.pack()(*graph()) + 0
+    plain, ours = found.values()
+    assert ours[0] == plain[0]
+    assert torch.equal(ours[1], plain[1])
+    assert torch.equal(ours[2], plain[1])
+
+
 class TwoOptimizers(Classifier):
     """Steps its two optimizers itself."""
 
