@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_tinykg.bits.plan import BitPlan
+from lightning_tinykg.sgquant.agreeing import NoMessagesError, Report
 from lightning_tinykg.sgquant.calibrating import batches_for, silent
 from lightning_tinykg.sgquant.granularity import DegreeBuckets
 from lightning_tinykg.sgquant.model import PackedModel
 from lightning_tinykg.sgquant.places import Granularity, as_plan
-from lightning_tinykg.sgquant.quantizer import NoMessagesError, SGQuantizer
+from lightning_tinykg.sgquant.quantizer import SGQuantizer
 from lightning_tinykg.sgquant.ranges import Range
 
 __all__ = ["SGQuantCallback"]
@@ -114,7 +114,7 @@ class SGQuantCallback(Callback):
         elif self._restored is not None and self.is_active:
             self.quantizer.load_state_dict(self._restored)
         self._restored, self.plan = None, self.quantizer.plan
-        self.quantizer.agree = partial(_most, trainer) if trainer.world_size > 1 else None
+        self.quantizer.gather = _gathered if trainer.world_size > 1 else None
         if self.is_active:
             self.quantizer.attach()
 
@@ -268,8 +268,8 @@ class SGQuantCallback(Callback):
         self._restored = state_dict["quantizer"]
 
 
-def _most(trainer: Trainer, value: Tensor) -> Tensor:
-    """The greatest of the ranks' values."""
-    assert trainer.strategy is not None
-    reduced = trainer.strategy.reduce(value.to(trainer.strategy.root_device), reduce_op="max")
-    return torch.as_tensor(reduced).to(value.device)
+def _gathered(report: Report) -> list[Report]:
+    """All ranks' reports, in their order."""
+    reports: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(reports, report)
+    return reports

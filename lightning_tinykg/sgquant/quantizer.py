@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
 from lightning_tinykg.bits.plan import BitPlan
+from lightning_tinykg.sgquant.agreeing import NoMessagesError, Report, agreed_points, agreed_sites, raise_failures
 from lightning_tinykg.sgquant.granularity import DegreeBuckets
 from lightning_tinykg.sgquant.graphs import Graph, Graphs
 from lightning_tinykg.sgquant.places import Granularity, Places
@@ -25,10 +26,6 @@ from lightning_tinykg.sgquant.substitutes import dropped_from, shadow_parameter,
 from lightning_tinykg.sgquant.wiring import Meeting, Spot, Wiring
 
 __all__ = ["NoMessagesError", "SGQuantizer"]
-
-
-class NoMessagesError(RuntimeError):
-    """A calibration in which no message passing layer was called."""
 
 
 class SGQuantizer(Places):
@@ -89,8 +86,8 @@ class SGQuantizer(Places):
     ) -> None:
         super().__init__(model, plan, buckets, range, percentile, granularity)
         self.model, self.protect, self.seed, self.step = model, check_protect(protect), seed, 0
-        self.agree: Callable[[Tensor], Tensor] | None = None
-        """The greatest of all ranks' values, element by element; `None`: there is one rank."""
+        self.gather: Callable[[Report], list[Report]] | None = None
+        """Gives each rank what all of them saw; `None`: there is one rank."""
         self.graphs = Graphs()
         self._wiring: Wiring | None = None
         self._shadowed: list[nn.Module] = []
@@ -118,9 +115,10 @@ class SGQuantizer(Places):
         before = self.sites, self.points
         if not more:
             self.points = ()
-        observer = Observer(self.model, self._new_range, self._bucket_of, self.sites if more else {})
+        earlier = self.sites if more else {}
         try:
-            self._observe(observer, run)
+            sites = self._observe(run, earlier) if self.gather is None else self._observe_together(run, earlier)
+            self.sites, self._levels = sites, {}
         except BaseException:
             self.sites, self.points = before
             raise
@@ -128,7 +126,27 @@ class SGQuantizer(Places):
             if was_attached:
                 self.attach()
 
-    def _observe(self, observer: Observer, run: Callable[[], object]) -> None:
+    def _observe_together(self, run: Callable[[], object], earlier: dict[Spot, Site]) -> dict[Spot, Site]:
+        """As `_observe`, on all ranks: whatever one of them meets, and fails in, the others don't wait for."""
+        assert self.gather is not None
+        before = self.points
+        while True:
+            report = Report(self.points, {})
+            try:
+                report.sites = self._observe(run, earlier)
+            except Exception as error:  # raised on all ranks
+                report.failure = error
+            report.points = self.points
+            reports = self.gather(report.to_send())
+            raise_failures(report, reports)
+            self.points = agreed_points(reports)
+            if before or all(other.points in ((), self.points) for other in reports):
+                return agreed_sites(report.sites, reports)
+            before = self.points  # the buckets were other ones: once more
+
+    def _observe(self, run: Callable[[], object], earlier: dict[Spot, Site]) -> dict[Spot, Site]:
+        """What a run of the model meets."""
+        observer = Observer(self.model, self._new_range, self._bucket_of, earlier)
         with ExitStack() as stack:
             for context in (_in_evaluation(self.model), _with_random_state(self.model), torch.inference_mode(False)):
                 stack.enter_context(context)
@@ -139,10 +157,7 @@ class SGQuantizer(Places):
         observer.finish()
         if not any(isinstance(self._layers[spot.layer], MessagePassing) for spot in observer.sites):
             raise NoMessagesError("run must call the model's message passing layers, got one that called none")
-        self.sites, self._levels = observer.sites, {}
-        if self.agree is not None:
-            for site in self.sites.values():
-                site.agree(self.agree)
+        return observer.sites
 
     def _bucket_of(self, graph: Graph, rows: int, end: int) -> Tensor | None:
         """Bucket of each node; `None`: there are no buckets, or it is another graph's nodes."""
@@ -150,10 +165,7 @@ class SGQuantizer(Places):
         if self.buckets is None or degrees is None:
             return None if degrees is None else torch.zeros_like(degrees)
         if self.buckets.count > 1 and not self.points:
-            points = self.buckets.points(degrees)
-            if self.agree is not None:
-                points = [int(point) for point in self.agree(torch.tensor(points, dtype=torch.float64)).tolist()]
-            self.points = tuple(points)
+            self.points = tuple(self.buckets.points(degrees))
         return graph.buckets(self.points, rows, end)
 
     # -- in the model ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ With the range `low .. high` a code of `b` bits stands for `low + scale * code`,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -187,20 +187,30 @@ class Observed:
             high = past * float(self.high[index]) + (1 - past) * high
         self.low[index], self.high[index] = low, high
 
-    def agree(self, most: Callable[[Tensor], Tensor]) -> None:
+    def agree(self, ranks: Sequence[Observed]) -> None:
         """Take the widest of all ranks' ranges.
 
         Args:
-            most: The greatest of the ranks' values, element by element; for tensors on the CPU.
+            ranks: What each saw at this place, this one among them.
+
+        Example:
+            >>> one, other = Observed(buckets=1, kind="minmax"), Observed(buckets=1, kind="minmax")
+            >>> one.add(torch.tensor([[0.0, 1.0]]), None)
+            >>> other.add(torch.tensor([[-1.0, 0.5]]), None)
+            >>> one.agree([one, other])
+            >>> one.ends(None, bits=8)
+            (-1.0, 1.0)
         """
-        self.low, self.high = -most(-self.low), most(self.high)
+        low, high = (torch.stack([getattr(rank, name) for rank in ranks]) for name in ("low", "high"))
         if self.kind == "mse":
+            quantiles = torch.stack([rank.quantiles for rank in ranks])
             # a rank that has seen nothing has no say
-            unseen = torch.tensor([count == 0 for count in self.seen])[:, None]
-            lower, upper = self.quantiles.tensor_split([_QUANTILES // 2], dim=1)
+            unseen = torch.tensor([[count == 0 for count in rank.seen] for rank in ranks])[:, :, None]
+            lower, upper = quantiles.tensor_split([_QUANTILES // 2], dim=2)
             lower, upper = lower.masked_fill(unseen, torch.inf), upper.masked_fill(unseen, -torch.inf)
-            agreed = torch.cat([-most(-lower), most(upper)], dim=1)
+            agreed = torch.cat([lower.amin(0), upper.amax(0)], dim=1)
             self.quantiles = agreed.where(agreed.isfinite(), 0.0)
+        self.low, self.high = low.amin(0), high.amax(0)
         self._fitted.clear()
 
     def ends(self, bucket: int | None, bits: int) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from lightning_tinykg.sgquant.granularity import WIDTHS
 from lightning_tinykg.sgquant.graphs import Graph
 from lightning_tinykg.sgquant.quantize import Level, fake_quantize
 from lightning_tinykg.sgquant.ranges import Observed
-from lightning_tinykg.sgquant.shares import SHARES, Share, divisors, share_of
+from lightning_tinykg.sgquant.shares import Share, divisors, share_of
 from lightning_tinykg.sgquant.wiring import Meeting, Spot
 
 __all__ = ["Observer", "Site"]
@@ -66,24 +66,21 @@ class Site:
         observed, shares = deepcopy(self.observed), deepcopy(self.shares)
         return replace(self, rows=list(self.rows), gathered=list(self.gathered), observed=observed, shares=shares)
 
-    def agree(self, most: Callable[[Tensor], Tensor]) -> None:
-        """Take the widest of all ranks' ranges; what is stored as shares is so on every rank.
+    def agree(self, ranks: Sequence[Site]) -> None:
+        """Take the widest of all ranks' ranges; what is stored as shares is so on every rank that met it.
 
         Args:
-            most: As in `Observed.agree`.
+            ranks: What each that met it knows of it, this one among them, if it did.
         """
         if self.observed is None:
             return
-        self.observed.agree(most)
-        if self.of_edges:
-            otherwise = most(torch.tensor([bits not in self.share_widths for bits in WIDTHS]).float())
-            number = torch.tensor([SHARES.index(self.share)]).float()
-            if float(most(number)) != -float(most(-number)):  # not all ranks have the same
-                otherwise.fill_(1)
-            self.share_widths = tuple(bits for bits, other in zip(WIDTHS, otherwise.tolist(), strict=True) if not other)
-            if self.share_widths:
-                assert self.shares is not None
-                self.shares.agree(most)
+        self.observed.agree([rank.observed for rank in ranks if rank.observed is not None])
+        self.share_widths = tuple(
+            bits for bits in WIDTHS if all(bits in rank.share_widths and rank.share == ranks[0].share for rank in ranks)
+        )
+        if self.share_widths:
+            assert self.shares is not None
+            self.shares.agree([rank.shares for rank in ranks if rank.shares is not None])
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, in tensors and primitives."""

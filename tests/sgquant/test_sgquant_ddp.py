@@ -7,8 +7,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from networks import CLASSES, Net, graph
+from networks import CLASSES, Net, gat, graph
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException
 from torch.nn import functional as F
 from torch_geometric import nn as pyg
 from torch_geometric.data import Data
@@ -58,6 +59,53 @@ class Report(L.Callback):
             "weights": [parameter.tolist() for parameter in pl_module.parameters()],
         }
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(found))
+
+
+class OfRareEdges(OfRanks):
+    """On rank 0 the first batch has no edges, so that its attention is met on rank 1 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = gat()
+
+    def training_step(self, batch: Data, batch_idx: int) -> Tensor:
+        edge_index = batch.edge_index[:, : batch.num_edges * self.trainer.global_rank]
+        return F.cross_entropy(self.net(batch.x, edge_index), batch.y)
+
+
+class OfFailingRank(OfRanks):
+    """On rank 1 something is not finite; rank 0 must not wait for it."""
+
+    def training_step(self, batch: Data, batch_idx: int) -> Tensor:
+        if self.trainer.global_rank and not self.training:
+            batch.x = batch.x / 0
+        return F.cross_entropy(self.net(batch.x, batch.edge_index), batch.y)
+
+
+class OfOtherBatches(OfRanks):
+    """Rank 0's first batch passes no messages."""
+
+    def training_step(self, batch: Data, batch_idx: int) -> Tensor:
+        if self.trainer.global_rank == 0 and not self.training:
+            return self.net.conv1.lin(batch.x).sum()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", [OfRareEdges, OfOtherBatches])
+def test_ranks_agree_on_places_that_not_all_of_them_met(tmp_path: Path, quiet: dict[str, Any], kind: Any) -> None:
+    callback = SGQuantCallback(topologywise([8, 4, 4, 2]), finetune_epochs=2)
+    options = quiet | {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
+    L.Trainer(max_epochs=3, callbacks=[callback, Report(tmp_path, callback)], **options).fit(kind())
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert one == other
+    assert one["points"]
+
+
+def test_what_fails_on_one_rank_is_raised_on_all(tmp_path: Path, quiet: dict[str, Any]) -> None:
+    callback = SGQuantCallback(4, finetune_epochs=2)
+    options = quiet | {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
+    with pytest.raises(ProcessException, match=r"the calibration on rank 1 failed: .* must be finite|must be finite"):
+        L.Trainer(max_epochs=3, callbacks=[callback], **options).fit(OfFailingRank())
 
 
 @pytest.mark.parametrize("range", ["minmax", "mse"])

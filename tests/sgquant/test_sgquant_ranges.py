@@ -1,5 +1,7 @@
 """Ranges: what a calibration takes for the least and the greatest level, and the range that loses the least."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,8 +39,7 @@ def test_ranks_agree_on_the_widest_range() -> None:
     one, other = Observed(1), Observed(1)
     one.add(torch.tensor([[0.0, 1.0]]), None)
     other.add(torch.tensor([[-1.0, 0.5]]), None)
-    sent = [(-other.low).clone(), other.high.clone()]
-    one.agree(lambda value: torch.maximum(value, sent.pop(0)))
+    one.agree([one, other])
     assert one.ends(None, 8) == (-1, 1)
 
 
@@ -65,13 +66,9 @@ def test_the_range_of_least_error_is_the_same_on_all_ranks_and_after_loading() -
     ranks = [Observed(1, "mse"), Observed(1, "mse")]
     for observed in ranks:
         observed.add(torch.randn(100, 4), None)
-    parts = {name: torch.stack([getattr(o, name) for o in ranks]) for name in ("low", "high", "quantiles")}
-    half = parts["quantiles"].size(2) // 2
+    sent = copy.deepcopy(ranks)
     for observed in ranks:
-        # what `agree` asks for, in its order: -low, high, and both halves of the distribution
-        answers = iter([-parts["low"].amin(0), parts["high"].amax(0), -parts["quantiles"].amin(0)[:, :half],
-                        parts["quantiles"].amax(0)[:, half:]])  # fmt: skip
-        observed.agree(lambda _, answers=answers: next(answers))  # type: ignore[misc]  # bound at once
+        observed.agree(sent)
     assert ranks[0].ends(None, 2) == ranks[1].ends(None, 2)
     loaded = Observed(1, "mse")
     loaded.load_state_dict(ranks[0].state_dict())
@@ -134,20 +131,7 @@ def test_a_rank_that_has_seen_nothing_in_a_bucket_has_no_say() -> None:
     one.add(values, torch.zeros(50, dtype=torch.long))
     other.add(values, torch.ones(50, dtype=torch.long))
     alone = [one.ends(0, 2), other.ends(1, 2)]
-
-    def sent(by: Observed) -> list[Tensor]:
-        """What it gives the others, in the order in which it does."""
-        given: list[Tensor] = []
-
-        def keep(value: Tensor) -> Tensor:
-            given.append(value.clone())
-            return value
-
-        by.agree(keep)
-        return given
-
-    theirs = sent(other)
-    one.agree(lambda value: torch.maximum(value, theirs.pop(0)))
+    one.agree([one, other])
     assert [one.ends(0, 2), one.ends(1, 2)] == alone
     one.add(values, torch.ones(50, dtype=torch.long))  # goes on with what the ranks agreed upon
     assert one.ends(1, 2) == pytest.approx(alone[1])

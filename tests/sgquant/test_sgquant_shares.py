@@ -254,11 +254,8 @@ def test_ranks_store_shares_only_where_all_of_them_would() -> None:
     ours, theirs = (site_of(quantizer_of(x, edge_index, coefficients(edge_index, sharp))) for sharp in (1.0, 1e4))
     assert 2 in ours.share_widths
     assert 2 not in theirs.share_widths
-    sent: list[Tensor] = []
-    theirs.agree(lambda value: sent.append(value.clone()) or value)  # type: ignore[func-returns-value]  # noted, and given back
-    answers = iter(sent)
     both = set(ours.share_widths) & set(theirs.share_widths)
-    ours.agree(lambda value: torch.maximum(value, next(answers)))
+    ours.agree([ours, theirs])
     assert set(ours.share_widths) == both
 
 
@@ -268,10 +265,7 @@ def test_ranks_that_have_other_shares_store_none() -> None:
     ours, theirs = (site_of(quantizer_of(x, edge_index, w)) for w in (symmetric, coefficients(edge_index, 0.3)))
     assert (ours.share, theirs.share) == ("symmetric", "even")
     assert 2 in set(ours.share_widths) & set(theirs.share_widths)
-    sent: list[Tensor] = []
-    theirs.agree(lambda value: sent.append(value.clone()) or value)  # type: ignore[func-returns-value]  # noted, and given back
-    answers = iter(sent)
-    ours.agree(lambda value: torch.maximum(value, next(answers)))
+    ours.agree([ours, theirs])
     assert ours.share_widths == ()
 
 
