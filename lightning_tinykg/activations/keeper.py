@@ -56,6 +56,7 @@ from lightning_tinykg.activations.storages import (
     node_name,
     storage_id,
     tensors_in,
+    viewed,
 )
 from lightning_tinykg.activations.values import Values
 from lightning_tinykg.activations.widths import StepSize, Widths, is_narrow
@@ -141,9 +142,8 @@ class Keeper:
         for tensor in tensors:
             record = self._fragile.pop(storage_id(tensor), None) if is_plain(tensor) else None
             if record is not None and record.entry is not None:
-                whole = tensor if tensor._base is None else tensor._base
                 with torch.no_grad(), torch._C.DisableTorchFunction():
-                    self.forms.value(whole.detach(), 32, record.entry)
+                    self.forms.value(viewed(tensor).detach(), 32, record.entry)
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An op has run: note whose memory its results are, and how they can be made again."""

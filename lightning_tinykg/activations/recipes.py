@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.activations.repeatable import FLOPS_PER_BYTE, REPEATABLE, SAME, Repeatable
-from lightning_tinykg.activations.storages import Layout, is_freed, is_plain, storage_id
+from lightning_tinykg.activations.storages import Layout, is_freed, is_plain, storage_id, viewed
 from lightning_tinykg.activations.values import Value, Values
 
 if TYPE_CHECKING:
@@ -309,18 +309,18 @@ class RecipeBook:
         if recipe is not None and not recipe.makes(dtype, version):
             recipe = None
         free = self._values.is_users(argument, None if floating else (argument,), value)
-        base = argument._base
         if value.blurred and not free:
             raise _NoIngredient
-        if base is not None and base.dtype != dtype:  # seen as other elements: view_as_real
-            base = None
+        base = viewed(argument)
+        if base.dtype != dtype:  # seen as other elements: view_as_real
+            base = argument
         find: Callable[[], Tensor | None]
         if free or (most and argument.nbytes <= most):
-            find, base = _Strong(argument), None
+            find, base = _Strong(argument), argument
         else:
-            find = weakref.ref(argument if base is None else base)
-        layout = Layout.of(argument)
-        ingredient = Ingredient(find, base is None, value, version, layout, dtype, floating, recipe, free)
+            find = weakref.ref(base)
+        layout, whole = Layout.of(argument), base is argument
+        ingredient = Ingredient(find, whole, value, version, layout, dtype, floating, recipe, free)
         ingredients.append(ingredient)
         return ingredient
 

@@ -105,6 +105,21 @@ def storage_id(tensor: Tensor) -> int:
     return cdata
 
 
+def viewed(tensor: Tensor) -> Tensor:
+    """The tensor that a plain one is a view of; itself, where it is of none, or of one without a storage of its own.
+
+    Example:
+        >>> x = torch.eye(3)
+        >>> viewed(x[0]) is x, viewed(x) is x
+        (True, True)
+        >>> values = x.to_sparse().values()  # a view of the sparse matrix
+        >>> viewed(values) is values
+        True
+    """
+    base = tensor._base
+    return base if base is not None and is_plain(base) else tensor
+
+
 def is_freed(tensor: Tensor) -> bool:
     """Whether a tensor's memory is taken away for now, as FSDP does with the weights of a module that is not running.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.activations.repeatable import COPIED, REPEATABLE, Repeatable
-from lightning_tinykg.activations.storages import is_plain, node_name, storage_id, tensors_in
+from lightning_tinykg.activations.storages import is_plain, node_name, storage_id, tensors_in, viewed
 
 _IN_ORDER = frozenset({"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand"})
 _PERMUTED = frozenset({"T", "Transpose", "Permute"})
@@ -51,7 +51,7 @@ def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[
     if op == "cross_entropy" and name == "LogSoftmax":
         return _log_softmax(args, kwargs, tensor)
     place = (_INPUTS_BESIDE_A_SUM if name.startswith(("Add", "Badd")) else _INPUTS).get(attribute)
-    made = tensor if tensor._base is None else tensor._base
+    made = viewed(tensor)
     if place is None or not tensor.is_floating_point() or place >= len(node.next_functions):
         return None
     given = [argument for argument in tensors_in((args, kwargs)) if argument.is_floating_point()]

@@ -851,6 +851,28 @@ def test_sparse_with_gradients() -> None:
     assert_exact(loss, [values, x])
 
 
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+@pytest.mark.parametrize("bits", [2, 4, 8, 32])
+def test_what_is_made_of_the_values_of_a_sparse_matrix(layout: str, bits: int) -> None:
+    """They are a view, of a matrix that has no storage to look into."""
+    edges, weights, layer = torch.stack([INDEX, INDEX.flip(0)]), leaf(300), nn.Linear(1, 64)
+
+    def loss() -> Tensor:
+        matrix = torch.sparse_coo_tensor(edges, made(weights), (ROWS, ROWS)).coalesce()
+        matrix = matrix.to_sparse_csr() if layout == "csr" else matrix
+        scores = torch.sigmoid(layer(matrix.values()[:, None].exp()).relu())
+        return weighted(scores * matrix.detach().values()[:, None].tanh())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if bits == 32:
+            assert_exact(loss, [weights, *layer.parameters()])
+        (_, *got), _ = compressed(loss, [weights, *layer.parameters()], bits)
+        (_, *want) = gradients(loss, [weights, *layer.parameters()])
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() <= (0.5 if bits == 2 else 0.2) * b.norm()
+
+
 def test_complex() -> None:
     x = leaf()
 
