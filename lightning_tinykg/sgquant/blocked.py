@@ -161,7 +161,7 @@ class BlockedLayer:
                 return self._give_up("edge_updater", f"it gives {_described(part, 0)}", edge_index, size, kwargs)
             if out is None:
                 shape = torch.Size((edges.total, *part.shape[1:]))
-                if levels is None:
+                if levels is None or part.dtype != torch.float32:  # which is what codes decode to
                     out = part.new_empty(shape)
                 else:
                     run = run_of(shape[1:].numel())
@@ -173,7 +173,7 @@ class BlockedLayer:
                 out[block.edges] = part
             else:
                 out[edges.edge[block.edges]] = part
-        if levels is not None:
+        if writer is not None:
             self.storage.edges_stored(layer, out)
         return out
 

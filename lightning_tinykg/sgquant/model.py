@@ -99,13 +99,17 @@ class PackedModel(nn.Module):
         was_attached = quantizer.is_attached
         quantizer.detach()
         try:
-            parameters, tables = dict(quantizer.model.named_parameters()), {}
+            parameters = dict(quantizer.model.named_parameters())
+            tables: dict[str, PackedFeatures] = {}
+            memo: dict[int, Any] = {}  # tables are not copied: in their place stands what is made of them
             for site in quantizer.sites.values():
                 if site.parameter is not None and not sites[site.spot].is_whole:
                     table = parameters[site.parameter]
-                    tables[site.parameter] = _pack_table(table, sites[site.spot].levels, site.degrees, quantizer.points)
-            # a table is not copied: in its place stands the packed one
-            memo: dict[int, Any] = {id(parameters[name]): table for name, table in tables.items()}
+                    packed = _pack_table(table, sites[site.spot].levels, site.degrees, quantizer.points)
+                    if table.dtype == torch.float32:
+                        tables[site.parameter] = memo[id(table)] = packed
+                    else:  # codes decode to float32
+                        memo[id(table)] = nn.Parameter(packed.decode().to(table.dtype), requires_grad=False)
             model = copy.deepcopy(quantizer.model, memo)
             _uncompile_methods(model, memo)
         finally:
@@ -327,7 +331,7 @@ def _pack_table(
     if len(levels) > 1:
         assert degrees is not None
         order = RowOrder.of_buckets(DegreeBuckets.of(degrees.to(table.device), points), len(points) + 1)
-    return PackedFeatures.encode(table.detach(), levels, order)
+    return PackedFeatures.encode(table.detach().float(), levels, order)
 
 
 def _same_parameters(model: nn.Module, name: str) -> list[tuple[str, str]]:

@@ -114,7 +114,7 @@ class Packing(Storage):
         edges, receivers, bucket = self._edges, meeting.receivers, None
         assert receivers is not None
         if edges is not None and self._block is not None:
-            if self._is_result(site.owner):
+            if self._is_result(site.owner) and x.dtype == torch.float32:
                 return x  # `edge_updater` gives it, and stores it
             # numbered within the block; of all its edges or of some, such as those of one relation
             receivers = edges.receivers(self._block)[receivers]

@@ -100,6 +100,25 @@ def test_the_default_dtype_changes_nothing(name: str, plan: str, default_dtype: 
     assert found[2] == want[2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(networks().keys() - {"RGCN"}))  # which makes float32 of bfloat16 itself
+def test_a_model_of_another_dtype_gives_what_the_simulated_one_gives(name: str, dtype: torch.dtype) -> None:
+    """Codes decode to float32, so its values are rounded, and not kept as codes."""
+    model = networks()[name]().eval().to(dtype)
+    x, edge_index = graph()
+    x = x.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "extra"):
+            module.extra = tuple(one.to(dtype) if one.is_floating_point() else one for one in module.extra)
+    quantizer = SGQuantizer(model, topologywise([8, 4, 3, 1]))
+    quantizer.calibrate(lambda: model(x, edge_index))
+    with quantizer, torch.no_grad():
+        expected = model(x, edge_index)
+    found = PackedModel.from_quantizer(quantizer, block_edges=9)(x, edge_index) + 0
+    assert found.dtype == expected.dtype == dtype
+    torch.testing.assert_close(found, expected)
+
+
 class EverySecond(pyg.MessagePassing):
     """Its update gives half the rows, and its attention is updated by itself, or with something else."""
 
