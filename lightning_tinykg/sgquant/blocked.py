@@ -105,7 +105,7 @@ class BlockedLayer:
         for block in edges.blocks(self.block_edges):
             part = self._updated(edge_index, edges, block, sizes, kwargs)
             pieces, nodes = tree_leaves(part), block.nodes.stop - block.nodes.start
-            if not all(isinstance(piece, Tensor) and piece.size(dim) == nodes for piece in pieces):
+            if not all(_has_rows(piece, dim, nodes) for piece in pieces):
                 why = f"its update gives {_described(part, dim)} for {nodes} nodes"
                 self.storage.starting_over()
                 return self._give_up("propagate", why, *given)
@@ -317,6 +317,10 @@ class BlockedLayer:
 _warned: set[str] = set()
 
 
+def _has_rows(piece: Any, dim: int, rows: int) -> bool:
+    return isinstance(piece, Tensor) and -piece.dim() <= dim < piece.dim() and piece.size(dim) == rows
+
+
 def _room(piece: Tensor, dim: int, nodes: int) -> Tensor:
     """Room for what a block's piece is of, of all nodes."""
     shape = list(piece.shape)
@@ -325,7 +329,8 @@ def _room(piece: Tensor, dim: int, nodes: int) -> Tensor:
 
 
 def _described(part: Any, dim: int) -> str:
-    return f"{part.size(dim)} rows" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+    rows = isinstance(part, Tensor) and -part.dim() <= dim < part.dim()
+    return f"{part.size(dim)} rows" if rows else f"a {type(part).__name__}"
 
 
 def _hooked(result: Any, given: dict[str, Any]) -> dict[str, Any]:
