@@ -925,6 +925,12 @@ def test_arguments_and_results_of_other_kinds() -> None:
 
     assert codecs(assert_exact(of_a_view, [a]), "Exp.result") == {"recipe"}
 
+    def of_its_rows() -> Tensor:
+        h = made(a)
+        return weighted(torch.view_as_real(torch.complex(h, h) * 2)[SOURCE].square())
+
+    assert codecs(assert_exact(of_its_rows, [a]), "Pow.self") == {"gather"}
+
 
 @pytest.mark.parametrize("bits", [8, 2])
 def test_an_angle_is_not_made_of_rounded_values(bits: int) -> None:
