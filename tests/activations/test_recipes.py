@@ -927,7 +927,8 @@ def test_arguments_and_results_of_other_kinds() -> None:
 
     def repeated() -> Tensor:
         h = made(a)
-        return weighted(torch.view_as_real(torch.complex(h, h) * 2).repeat(8, 1, 1).square())
+        view = torch.view_as_real(torch.complex(h, h) * 2)
+        return weighted(view.repeat(8, 1, 1).square())
 
     assert codecs(assert_exact(repeated, [a]), "Pow.self") == {"gather"}
 
