@@ -1,5 +1,6 @@
 """Every layer and model of PyTorch Geometric that passes messages, quantized, fine-tuned and packed by SGQuant."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,23 +35,24 @@ def floats(result: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def passing(name: str) -> tuple[Case, nn.Module] | None:
-    """A case whose module passes messages, and that module; None: it was refused."""
-    made = case(name)
-    assert made.module is not None
-    if any(isinstance(part, MessagePassing) for part in made.module.modules()):
-        return made, made.module
-    with pytest.raises(ValueError, match="model must hold PyG MessagePassing layers"):
-        SGQuantizer(made.module)
-    return None
+def for_layers(test: Callable[[Case, nn.Module], None]) -> Any:
+    """A test of each layer that passes messages, given its case and module; the others are refused."""
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def tested(name: str) -> None:
+        made = case(name)
+        assert made.module is not None
+        if any(isinstance(part, MessagePassing) for part in made.module.modules()):
+            test(made, made.module)
+        else:
+            with pytest.raises(ValueError, match="model must hold PyG MessagePassing layers"):
+                SGQuantizer(made.module)
+
+    return tested
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_packed_gives_what_simulated_gives(name: str) -> None:
-    found = passing(name)
-    if found is None:
-        return
-    made, module = found
+@for_layers
+def test_packed_gives_what_simulated_gives(made: Case, module: nn.Module) -> None:
     module.eval()
 
     def run(model: nn.Module) -> list[Tensor]:
@@ -74,12 +76,8 @@ def test_packed_gives_what_simulated_gives(name: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_fine_tuning_reaches_every_parameter(name: str) -> None:
-    found = passing(name)
-    if found is None:
-        return
-    made, module = found
+@for_layers
+def test_fine_tuning_reaches_every_parameter(made: Case, module: nn.Module) -> None:
     module.train()
 
     def run() -> list[Tensor]:
