@@ -122,10 +122,7 @@ class Costs:
         Returns:
             The cost; None where its own code is better.
         """
-        judged = self._widths.judged(tensor, rule, least)
-        if judged != least and math.isinf(self.of_recipe(recipe, least, math.inf).nbytes):
-            return None
-        own_least = self._widths.judged(tensor, rule, own_least)
+        least, own_least = self._widths.judged(least), self._widths.judged(own_least)
         record = recipe.value.record(Layout.of(tensor), tensor.dtype, tensor._version)
         if record is not None and record.bits >= self._exact_enough(own_least):  # it is kept already
             return None
@@ -136,14 +133,14 @@ class Costs:
                 self.of_remaking(argument.recipe, original, rule, least, own_least)
         # What is computed again is mostly as exact as 8 bits would be, and so worth what these would take. By what
         # fewer take, each tensor of a chain is cheaper in a code of its own, and all of them are dearer than at 8 bits.
-        coarser = record.value.nbytes if record is not None and record.value is not None else 0  # which it replaces
+        coarser = self._coded(record, Layout.of(tensor), tensor.itemsize)  # which it replaces
         own = self.own_cost(tensor, rule, own_least) - coarser
         worth = self.own_cost(tensor, rule, max(own_least, 8)) - coarser if recipe.computes else own
         self._worth_of = {False: own, True: worth}
         share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
         for self._deeply in (True, False):
             self._paid_for.clear()
-            cost = self.of_recipe(recipe, judged, worth + copied)
+            cost = self.of_recipe(recipe, least, worth + copied)
             if not recipe.computes_itself and cost.work == recipe.work:  # it is picked from what is kept
                 worth = own
             work = share * cost.work
@@ -249,19 +246,18 @@ class Costs:
         finer = 0.0
         recipe = ingredient.recipe
         if not gone:  # a coarser code that there is would be replaced
-            bits = 8 if self._widths.literal and least < 32 else least  # of all plans the bytes are as reckoned
-            layout, itemsize, coded = ingredient.layout, ingredient.dtype.itemsize, self._coded(ingredient)
-            own = worth = self._code(layout, itemsize, bits) - coded
+            layout, itemsize, record = ingredient.layout, ingredient.dtype.itemsize, ingredient.record(1)
+            coded = self._coded(record, layout, itemsize)
+            own = worth = self._code(layout, itemsize, least) - coded
             if self._deeply and recipe is not None and recipe.computes:  # as of what is asked for: worth 8 bits
-                worth = self._code(layout, itemsize, max(bits, 8)) - coded
+                worth = self._code(layout, itemsize, max(least, 8)) - coded
             # Each relation's sums alone are not worth keeping the table they are made of, all together are. So what was
             # kept in its stead counts for it, where it is not far larger than any of them, and little is lost if it is
             # not asked for again.
             wanted = ingredient.value.wanted if own <= 2 * self._worth_of[computed] else 0
             own = max(own - wanted, 0)
             if computed and coded and ingredient.lingers:
-                finer = min(own, self._coded(ingredient, bits) - coded)
-            worth = worth if self._deeply else own
+                finer = min(own, self._coded(record, layout, itemsize, least) - coded)
         most = min(worth, most)
         # if it is gone, there is no choice, and the work is judged by what it is for
         if (
@@ -293,13 +289,11 @@ class Costs:
     def _exact_enough(self, least: int) -> int:
         return 1 if self._widths.literal and least < 32 else least
 
-    def _coded(self, ingredient: Ingredient, needed: int = 1) -> int:
-        """The bytes of the code that there is of an ingredient, or of one in 8 bits, if as many are needed."""
-        record = ingredient.record(1)
+    def _coded(self, record: Record | None, layout: Layout, itemsize: int, needed: int = 1) -> int:
+        """The bytes of the code that there is in a record, or of one in 8 bits, if as many are needed."""
         if record is None or record.value is None:
             return 0
-        bits = 8 if self._widths.literal and record.bits < 32 else max(record.bits, min(needed, 8))
-        return self._code(ingredient.layout, ingredient.dtype.itemsize, bits)
+        return self._code(layout, itemsize, self._widths.judged(max(record.bits, min(needed, 8))))
 
     def own_cost(self, tensor: Tensor, rule: Rule, least: int) -> int:
         """The bytes of a tensor's own code."""

@@ -94,10 +94,9 @@ class Widths:
             return 8
         return self.raised(self.bits) if rule in (SMOOTH, ANGLE, LOGARITHM) or is_narrow(tensor) else self.bits
 
-    def judged(self, tensor: Tensor, rule: Rule, least: int) -> int:
+    def judged(self, least: int) -> int:
         """The width that a form is chosen by: in a plan of saves one for all, or its bytes would not be as reckoned."""
-        rounded = isinstance(rule, Need) and rule not in (EXACT, ANGLE, LOGARITHM) and tensor.dtype in FLOAT_DTYPES
-        return 8 if self.literal and rounded else least
+        return 8 if self.literal and least < 32 else least
 
     def raised(self, least: int) -> int:
         """The width for what asks for more than ``least``, since its error does not average out."""

@@ -132,8 +132,19 @@ def test_a_choice_takes_no_more_than_the_bytes_that_were_reckoned(model: type[nn
     assert stored[1] == stored[2] <= context.planner.now.stored
 
 
+class Sum(nn.Module):
+    """What is saved is made of two that are not: in few bits they would take less than it does in 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (made(x) + made(x + 1)).tanh() * self.factor
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 12])
-@pytest.mark.parametrize("model", [Model, Attention])
+@pytest.mark.parametrize("model", [Model, Attention, Sum])
 def test_as_much_is_made_again_whatever_the_widths(model: type[nn.Module], bits: int) -> None:
     """Or a choice would take other bytes than it was reckoned with, and the next one be for less than there are."""
 
