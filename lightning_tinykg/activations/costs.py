@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_tinykg.activations.decisions import Decisions
 from lightning_tinykg.activations.keeping import Record
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
 from lightning_tinykg.activations.repeatable import (
@@ -22,7 +24,7 @@ from lightning_tinykg.activations.repeatable import (
 )
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
 from lightning_tinykg.activations.storages import Layout, in_32_bits
-from lightning_tinykg.activations.values import Value
+from lightning_tinykg.activations.values import Value, Values
 from lightning_tinykg.activations.widths import NARROW, Widths
 from lightning_tinykg.codecs.affine import FINE_BITS
 
@@ -89,6 +91,22 @@ class Cost(NamedTuple):
     finer: float = 0
 
 
+class Answer(NamedTuple):
+    """What was decided, and what the next decision takes from it.
+
+    Attributes:
+        cost: of what is made again; None where that is not done.
+        wanted: what it would have been made of, had it not been for its own code: by number, and the bytes.
+        worth_of: what it was paid for.
+        deeply: whether what it starts from was to be computed again.
+    """
+
+    cost: Cost | None
+    wanted: tuple[tuple[int, int], ...]
+    worth_of: dict[bool, int]
+    deeply: bool
+
+
 _FREE = Cost(0, 0)
 _IMPOSSIBLE = Cost(math.inf, 0)
 
@@ -99,11 +117,25 @@ class Costs:
     Args:
         widths: the width of what is rounded.
         recompute: a key of :data:`RECOMPUTE`.
+        values: the storages.
+        decisions: what was decided in earlier steps.
+        given: what these have to have had alike.
     """
 
-    def __init__(self, widths: Widths, recompute: str) -> None:
+    def __init__(
+        self,
+        widths: Widths,
+        recompute: str,
+        values: Values,
+        decisions: Decisions[Answer],
+        given: tuple[Hashable, ...],
+    ) -> None:
         self._widths = widths
         self._worth = RECOMPUTE[recompute]
+        self._values = values
+        self._decisions = decisions
+        self._decided = decisions.begin(recompute, *given)
+        self._wanted: list[tuple[int, int]] = []  # what is counted now would have been made of, if it were kept
         # what the cost that is being counted would be paid for; whether something is computed of it
         self._paid_for: list[tuple[Value, bool]] = []
         self._worth_of = {False: 0, True: 0}  # of what is picked, of what is computed
@@ -122,6 +154,35 @@ class Costs:
         Returns:
             The cost; None where its own code is better.
         """
+        place = tensor.shape, tensor.storage_offset(), tensor.dtype
+        question = recipe.value.number, recipe.repeatable.name, *place, rule, least, own_least
+        return self._decide(question, lambda: self._of_remaking(recipe, tensor, rule, least, own_least))
+
+    def is_made_again(self, ingredient: Ingredient, least: int, *, computed: bool) -> bool:
+        """Whether what there still is of an ingredient is made again, and not kept."""
+        question = ingredient.value.number, ingredient.layout.offset, ingredient.layout.shape, least, computed
+        cost = self._decide(question, lambda: self.of_ingredient(ingredient, least, math.inf, computed=computed))
+        return cost is not None and cost.work > 0
+
+    def _decide(self, question: tuple[Hashable, ...], count: Callable[[], Cost | None]) -> Cost | None:
+        """The answer of an earlier step that went as this one, if there was one."""
+        widths, values = self._widths, self._values
+        so_far = widths.step.raw_bytes, len(values.met), values.work  # of what was saved, and of what was not
+        question = *question, widths.bits, widths.literal, *so_far
+        found = self._decided.get(question)
+        if found is None:
+            self._wanted.clear()
+            cost = count()
+            answer = Answer(cost, tuple(self._wanted), self._worth_of, self._deeply)
+            found = self._decisions.add(self._decided, question, answer)
+        else:
+            for number, nbytes in found.answer.wanted:
+                self._values.met[number].wanted += nbytes
+            self._worth_of, self._deeply = found.answer.worth_of, found.answer.deeply
+        self._decided = found.then
+        return found.answer.cost
+
+    def _of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int, own_least: int) -> Cost | None:
         least, own_least = self._widths.judged(least), self._widths.judged(own_least)
         record = recipe.value.record(Layout.of(tensor), tensor.dtype, tensor._version)
         if record is not None and record.bits >= self._exact_enough(own_least):  # it is kept already
@@ -130,7 +191,7 @@ class Costs:
         if copied and (argument := recipe.ingredients[0]).recipe is not None and not argument.free:
             original = argument.tensor()
             if original is not None:  # what that is made of is wanted as much as if it were saved itself
-                self.of_remaking(argument.recipe, original, rule, least, own_least)
+                self._of_remaking(argument.recipe, original, rule, least, own_least)
         # What is computed again is mostly as exact as 8 bits would be, and so worth what these would take. By what
         # fewer take, each tensor of a chain is cheaper in a code of its own, and all of them are dearer than at 8 bits.
         coarser = self._coded(record, Layout.of(tensor), tensor.itemsize)  # which it replaces
@@ -157,6 +218,7 @@ class Costs:
         if self._is_worth(work, worth, in_32_bits(tensor.nbytes, tensor.dtype)):  # if only what it is made of were kept
             for value, computed in dict.fromkeys(self._paid_for):
                 value.wanted += self._worth_of[computed]
+                self._wanted.append((value.number, self._worth_of[computed]))
         return None
 
     def needs(self, recipe: Recipe, least: int) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from contextlib import suppress
 from typing import Any, cast
@@ -193,7 +192,7 @@ class Follower:
             if record.bits < 32:
                 record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
         elif record is None:
-            if tensor is None or self._costs.of_ingredient(ingredient, least, math.inf, computed=computed).work:
+            if tensor is None or self._costs.is_made_again(ingredient, least, computed=computed):
                 if ingredient.recipe is None:
                     raise _Gone
                 return self._follow(ingredient.recipe, least, layout, entry, computed=computed)

@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_tinykg.activations import changes
 from lightning_tinykg.activations.books import Books
 from lightning_tinykg.activations.compared import Comparer
-from lightning_tinykg.activations.costs import Costs
+from lightning_tinykg.activations.costs import Answer, Costs
+from lightning_tinykg.activations.decisions import Decisions
 from lightning_tinykg.activations.deferring import is_deferrable
 from lightning_tinykg.activations.following import Follower
 from lightning_tinykg.activations.forms import Forms
@@ -94,6 +95,7 @@ class Keeper:
         key: key of the noise.
         ledger: where to write down what is kept.
         largest_step: of those before.
+        decisions: what was decided in these.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Keeper:
         key: int,
         ledger: Ledger,
         largest_step: StepSize,
+        decisions: Decisions[Answer],
     ) -> None:
         self.ledger = ledger
         self.values = Values()
@@ -118,7 +121,9 @@ class Keeper:
         self.forms = Forms(self._books, self.widths, key)
         self._follower: Follower | None = None
         if by_rules and recompute != "off":
-            recipes, costs = RecipeBook(self.values, min_bytes), Costs(self.widths, recompute)
+            recipes = RecipeBook(self.values, min_bytes)
+            given = plan, group_size, min_bytes, largest_step
+            costs = Costs(self.widths, recompute, self.values, decisions, given)
             self._follower = Follower(recipes, costs, self.forms, self._books, self.widths, self.values)
         self._comparer = Comparer(self.values, self.forms, self.widths, self._follower, min_bytes)
         self._fragile: WeakValueDictionary[int, Record] = WeakValueDictionary()

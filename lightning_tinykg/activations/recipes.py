@@ -273,6 +273,7 @@ class RecipeBook:
             repeats,
             steady,
         )
+        self._values.work += value.recipe.work
         self._noted.append(value)
         self._until_sweep -= 1
         if self._until_sweep == 0:

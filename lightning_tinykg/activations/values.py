@@ -35,6 +35,7 @@ class Value:
     """One storage.
 
     Attributes:
+        number: how many were met before it.
         storage: weak reference to it; while it is held, no other storage gets its identity.
         users: whether it is the user's memory, free to refer to; None where that is not known yet.
         recipe: how it was made, if that can be repeated.
@@ -46,9 +47,22 @@ class Value:
         blurred: whether it was changed since: no version tells any more what is in it.
     """
 
-    __slots__ = ("_records", "apart", "blurred", "payer", "raw", "recipe", "references", "storage", "users", "wanted")
+    __slots__ = (
+        "_records",
+        "apart",
+        "blurred",
+        "number",
+        "payer",
+        "raw",
+        "recipe",
+        "references",
+        "storage",
+        "users",
+        "wanted",
+    )
 
-    def __init__(self, storage: StorageWeakRef) -> None:
+    def __init__(self, storage: StorageWeakRef, number: int) -> None:
+        self.number = number
         self.storage = storage
         self.users: bool | None = None
         self.recipe: Recipe | None = None
@@ -98,13 +112,17 @@ class Values:
 
     def __init__(self) -> None:
         self._by_storage: dict[int, Value] = {}
+        self.met: list[Value] = []
+        """All of them, in the order in which they were met."""
+        self.work = 0.0
+        """What it would take to make all again that is known how to make."""
         self.any_apart = False
         self._lingering: deque[tuple[Value, int]] = deque()
         self._lingering_bytes = self._most_lingering = 0
         self._in_use = False
 
     def __iter__(self) -> Iterator[Value]:
-        return iter(self._by_storage.values())
+        return iter(self.met)
 
     def forget_recipes(self) -> None:
         """Let go of how they were made, and of what that is held for."""
@@ -150,13 +168,15 @@ class Values:
     def clear(self) -> None:
         """Let go of everything."""
         self._by_storage.clear()
+        self.met.clear()
 
     def of(self, tensor: Tensor) -> Value:
         """What is known of a plain tensor's storage."""
         storage = tensor.untyped_storage()
         value = self._by_storage.get(storage._cdata)
         if value is None:
-            value = self._by_storage[storage._cdata] = Value(StorageWeakRef(storage))
+            value = self._by_storage[storage._cdata] = Value(StorageWeakRef(storage), len(self.met))
+            self.met.append(value)
         return value
 
     def known(self, tensor: Tensor) -> Value | None:
