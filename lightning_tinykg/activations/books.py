@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.activations import changes
-from lightning_tinykg.activations.keeping import Record, Saved
+from lightning_tinykg.activations.keeping import Kept, Record, Saved
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.storages import Layout
-from lightning_tinykg.activations.values import Values
+from lightning_tinykg.activations.values import Value, Values
 from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.codecs.lossless import RawCode
 
@@ -128,15 +128,32 @@ class Books:
             record.value, record.reference = RawCode(run.reshape(-1).clone()), None
         entry.stored_bytes, record.entry = record.value.nbytes, entry
 
+    def is_held(self, value: Value) -> bool:
+        """Whether anybody but our references holds a storage."""
+        alive = sum(record.reference is not None for record in value.records)
+        # besides our references, the storage's Python object counts
+        return not value.storage.expired() and torch._C._storage_Use_Count(value.storage.cdata) > alive + 1
+
+    def let_go(self, record: Record, value: Value, remade: Kept, recipe: str, work: float) -> None:
+        """What a record keeps is made again after all.
+
+        Args:
+            record: the record.
+            value: its storage.
+            remade: how its elements are made.
+            recipe: the same, in words.
+            work: the bytes that are moved for that.
+        """
+        entry = record.entry
+        record.value, record.reference, record.remade = None, None, remade
+        if entry is not None:
+            value.references = [reference for reference in value.references if reference is not entry]
+            entry.stored_bytes, entry.codec, entry.recipe, entry.work = 0, "recipe", recipe, int(work)
+
     def close(self) -> None:
         """The forward is over: leave out what the user still holds, and let go of everything."""
         for value in self._values:
-            storage = value.storage
-            if value.payer is None or storage.expired():
-                continue
-            alive = sum(record.reference is not None for record in value.records)
-            # besides our references, the storage's Python object counts
-            if torch._C._storage_Use_Count(storage.cdata) > alive + 1:
+            if value.payer is not None and self.is_held(value):
                 value.payer.raw_bytes = 0
                 for reference in value.references:
                     reference.stored_bytes = 0

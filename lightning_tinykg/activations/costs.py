@@ -164,6 +164,27 @@ class Costs:
         cost = self._decide(question, lambda: self.of_ingredient(ingredient, least, math.inf, computed=computed))
         return cost is not None and cost.work > 0
 
+    def of_nothing_more(self, recipe: Recipe, layout: Layout, least: int, own: int, nbytes: int) -> Cost | None:
+        """What it takes to make a tensor again of what is kept already.
+
+        Args:
+            recipe: how.
+            layout: the run of its elements that is made.
+            least: the width that it is to be worth.
+            own: the bytes that this saves.
+            nbytes: of the tensor, in 32 bits.
+
+        Returns:
+            The cost; None if it is too much work, or if something more would have to be kept.
+        """
+
+        def count() -> Cost | None:
+            cost = self.of_recipe(recipe, self._widths.judged(least), 1)
+            work = min(layout.numel * recipe.dtype.itemsize / recipe.nbytes, 1) * cost.work
+            return cost if cost.nbytes == 0 and self.is_worth(work, own, nbytes) else None
+
+        return self._decide((recipe.value.number, layout.offset, layout.numel, least), count)
+
     def _decide(self, question: tuple[Hashable, ...], count: Callable[[], Cost | None]) -> Cost | None:
         """The answer of an earlier step that went as this one, if there was one."""
         widths, values = self._widths, self._values
@@ -194,7 +215,7 @@ class Costs:
                 self._of_remaking(argument.recipe, original, rule, least, own_least)
         # What is computed again is mostly as exact as 8 bits would be, and so worth what these would take. By what
         # fewer take, each tensor of a chain is cheaper in a code of its own, and all of them are dearer than at 8 bits.
-        coarser = self._coded(record, Layout.of(tensor), tensor.itemsize)  # which it replaces
+        coarser = self.coded(record, Layout.of(tensor), tensor.itemsize)  # which it replaces
         own = self.own_cost(tensor, rule, own_least) - coarser
         worth = self.own_cost(tensor, rule, max(own_least, 8)) - coarser if recipe.computes else own
         self._worth_of = {False: own, True: worth}
@@ -208,14 +229,13 @@ class Costs:
             # what is only held for a finer code has one already, so fewer bytes have to be fewer in fact
             saves = cost.nbytes < (own if cost.finer else worth)
             if (copied and cost.nbytes <= own) or (
-                saves
-                and self._is_worth(work, worth - cost.nbytes + cost.finer, in_32_bits(tensor.nbytes, tensor.dtype))
+                saves and self.is_worth(work, worth - cost.nbytes + cost.finer, in_32_bits(tensor.nbytes, tensor.dtype))
             ):
                 return Cost(cost.nbytes, work)
             if recipe.computes_itself or cost.nbytes >= worth:
                 break
             # where it is too much work to compute what rows are picked from, that may have codes of its own
-        if self._is_worth(work, worth, in_32_bits(tensor.nbytes, tensor.dtype)):  # if only what it is made of were kept
+        if self.is_worth(work, worth, in_32_bits(tensor.nbytes, tensor.dtype)):  # if only what it is made of were kept
             for value, computed in dict.fromkeys(self._paid_for):
                 value.wanted += self._worth_of[computed]
                 self._wanted.append((value.number, self._worth_of[computed]))
@@ -309,7 +329,7 @@ class Costs:
         recipe = ingredient.recipe
         if not gone:  # a coarser code that there is would be replaced
             layout, itemsize, record = ingredient.layout, ingredient.dtype.itemsize, ingredient.record(1)
-            coded = self._coded(record, layout, itemsize)
+            coded = self.coded(record, layout, itemsize)
             own = worth = self._code(layout, itemsize, least) - coded
             if self._deeply and recipe is not None and recipe.computes:  # as of what is asked for: worth 8 bits
                 worth = self._code(layout, itemsize, max(least, 8)) - coded
@@ -319,19 +339,19 @@ class Costs:
             wanted = ingredient.value.wanted if own <= 2 * self._worth_of[computed] else 0
             own = max(own - wanted, 0)
             if computed and coded and ingredient.lingers:
-                finer = min(own, self._coded(record, layout, itemsize, least) - coded)
+                finer = min(own, self.coded(record, layout, itemsize, least) - coded)
         most = min(worth, most)
         # if it is gone, there is no choice, and the work is judged by what it is for
         if (
             recipe is not None
             and most > 0
-            and (gone or self._is_worth(recipe.work, worth, in_32_bits(recipe.nbytes, recipe.dtype)))
+            and (gone or self.is_worth(recipe.work, worth, in_32_bits(recipe.nbytes, recipe.dtype)))
         ):
             mark = len(counted.before)
             cost = self.of_recipe(recipe, least, most, counted, computed=computed)
             if cost.nbytes < most and (
                 gone
-                or self._is_worth(cost.work, worth - cost.nbytes + cost.finer, in_32_bits(recipe.nbytes, recipe.dtype))
+                or self.is_worth(cost.work, worth - cost.nbytes + cost.finer, in_32_bits(recipe.nbytes, recipe.dtype))
             ):
                 return cost
             counted.undo(mark)
@@ -341,7 +361,8 @@ class Costs:
                 counted.add((ingredient.value, ingredient.version), least)
         return Cost(own, 0, finer)
 
-    def _is_worth(self, work: float, saved: float, nbytes: int) -> bool:
+    def is_worth(self, work: float, saved: float, nbytes: int) -> bool:
+        """Whether work is worth the bytes that it saves, of a tensor of ``nbytes``."""
         return work <= min(self._worth.per_byte * saved, self._worth.passes * nbytes)
 
     def kept(self, ingredient: Ingredient, least: int) -> Record | None:
@@ -351,7 +372,7 @@ class Costs:
     def _exact_enough(self, least: int) -> int:
         return 1 if self._widths.literal and least < 32 else least
 
-    def _coded(self, record: Record | None, layout: Layout, itemsize: int, needed: int = 1) -> int:
+    def coded(self, record: Record | None, layout: Layout, itemsize: int, needed: int = 1) -> int:
         """The bytes of the code that there is in a record, or of one in 8 bits, if as many are needed."""
         if record is None or record.value is None:
             return 0

@@ -11,12 +11,13 @@ from torch import Tensor
 from lightning_tinykg.activations.books import Books
 from lightning_tinykg.activations.costs import Costs
 from lightning_tinykg.activations.forms import Forms
+from lightning_tinykg.activations.hindsight import Hindsight
 from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Reference, Saved
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
 from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, ROWS
-from lightning_tinykg.activations.rules import ANGLE, SMOOTH, Rule
+from lightning_tinykg.activations.rules import ANGLE, SIGN, SMOOTH, Need, Rule
 from lightning_tinykg.activations.storages import Layout, is_plain, node_name
 from lightning_tinykg.activations.values import Value, Values
 from lightning_tinykg.activations.widths import Widths
@@ -49,6 +50,7 @@ class Follower:
         self._books = books
         self._widths = widths
         # fragile saves that are made again of what is rounded, by what they were made as: storage and version
+        self._hindsight = Hindsight(costs, widths, books)
         self._fragile: dict[tuple[Value, int], tuple[weakref.ref[Saved], Layout, Entry]] = {}
 
     def note_fragile(self, saved: Saved, tensor: Tensor, entry: Entry) -> None:
@@ -60,6 +62,7 @@ class Follower:
     def forget(self) -> None:
         """The forward is over: nothing will use its results any more."""
         self._fragile.clear()
+        self._hindsight.look_back(self._follow)
 
     def _make_exactly(self, recipe: Recipe) -> None:
         """Something is made again to the last bit: so are the fragile saves that it is made of, which takes no more.
@@ -135,6 +138,8 @@ class Follower:
         elif bends and least > 4 and recipe.computes and not self._widths.literal:
             least = max(least, FINE_BITS)  # what enters a function that bends: as exact as 8 bits of itself
         if (cost := self._costs.of_remaking(recipe, tensor, rule, least, own)) is None:
+            if isinstance(rule, Need) and rule is not SIGN:
+                self._hindsight.note(recipe, tensor, least)
             return None
         entry.codec = "recipe" if recipe.computes else "gather"
         entry.recipe, entry.work = recipe.text(), int(cost.work)
@@ -156,7 +161,7 @@ class Follower:
         recipe = None if recipe is None else recipe.as_it_was()
         return own if recipe is None else min(self._costs.of_recipe(recipe, 32, own).nbytes, own)
 
-    def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry, *, computed: bool = False) -> Kept:
+    def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry, *, computed: bool = False) -> Remade:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
         widths = self._costs.needs(recipe, least)
         # where it is asked for what is rounded, each save follows for itself, so that its place is noted

@@ -52,6 +52,7 @@ class Forms:
             if record.factor_of not in (None, factor_of):
                 least = self._widths.raised(least)
             record.factor_of = factor_of
+        record.asked = max(record.asked, least)
         run = layout.run(tensor)
         bits = self._widths.better(layout, in_32_bits(tensor.itemsize, tensor.dtype), least)
         if record.bits < bits:

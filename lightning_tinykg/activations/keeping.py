@@ -77,6 +77,8 @@ class Record:
         value: the code that restores the elements, or None.
         bits: the precision of ``value``; 32 where it is exact.
         reference: the run itself, where it is kept as it is.
+        remade: how the elements are made again, where that is done after all.
+        asked: the width that was asked for, at the least.
         entry: the ledger's entry that paid for ``value`` or ``reference``.
         factor_of: sequence number of the last product that it was saved by as a factor.
         levels: the codes that restore a side or a sign only, by rule.
@@ -87,6 +89,8 @@ class Record:
     value: Code | None = None
     bits: int = 0
     reference: Reference | None = None
+    remade: Kept | None = None
+    asked: int = 0
     entry: Entry | None = None
     factor_of: int | None = None
     levels: dict[Any, Code] = field(default_factory=dict)
@@ -96,6 +100,8 @@ class Record:
         """The elements, restored."""
         if self.reference is not None:
             return self.reference.restore()
+        if self.remade is not None:
+            return self.remade.restore(workspace)
         assert self.value is not None
         elements = self.value.decode(workspace.empty)
         return elements if self.degraded is None else self.degraded(elements)

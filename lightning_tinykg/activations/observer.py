@@ -208,7 +208,8 @@ class Observer(TorchFunctionMode):
                     _keep_as_it_is(saved)
         self._left = True
         self._pending.clear()
-        self.keeper.finish()
+        with _aside():
+            self.keeper.finish()
 
 
 def _keep_as_it_is(saved: Saved) -> None:

@@ -83,7 +83,7 @@ class Ingredient:
     def record(self, least: int) -> Record | None:
         """What is kept of it, if that is exact enough."""
         record = self.value.record(self.layout, self.dtype, self.version)
-        if record is None or record.bits < least:
+        if record is None or record.bits < least or record.remade is not None:
             return None
         alias = None if record.reference is None else record.reference.alias
         return None if alias is not None and (is_freed(alias) or alias._version != self.version) else record
@@ -112,6 +112,7 @@ class Recipe:
         computes: whether it, or what it starts from, is more than a gather.
         computes_itself: whether it is.
         to_the_bit: what :meth:`as_it_was` has given.
+        bare: the same, where none of what it starts from is held.
     """
 
     repeatable: Repeatable
@@ -132,6 +133,7 @@ class Recipe:
     computes: bool = field(init=False)
     computes_itself: bool = field(init=False)
     to_the_bit: Recipe | None = field(init=False, default=None)
+    bare: Recipe | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         passes = self.repeatable.passes
@@ -157,7 +159,7 @@ class Recipe:
             return None
         if self.to_the_bit is None:
             kept = {i: i if i.recipe is None else replace(i, recipe=i.recipe.as_it_was()) for i in self.ingredients}
-            args, ingredients = _replaced(self.args, kept), list(kept.values())
+            args, ingredients = replaced(self.args, kept), list(kept.values())
             self.to_the_bit = replace(self, args=args, ingredients=ingredients, steady=True, makings={})
         return self.to_the_bit
 
@@ -171,10 +173,10 @@ class Recipe:
         return f"{self.repeatable.name}({', '.join(dict.fromkeys(found))})"
 
 
-def _replaced(argument: Any, by: dict[Ingredient, Ingredient]) -> Any:
+def replaced(argument: Any, by: dict[Ingredient, Ingredient]) -> Any:
     """An argument with other ingredients."""
     if isinstance(argument, tuple):
-        return tuple([_replaced(item, by) for item in argument])
+        return tuple([replaced(item, by) for item in argument])
     return by[argument] if isinstance(argument, Ingredient) else argument
 
 
