@@ -340,6 +340,7 @@ class Costs:
             own = max(own - wanted, 0)
             if computed and coded and ingredient.lingers:
                 finer = min(own, self.coded(record, layout, itemsize, least) - coded)
+            worth = worth if self._deeply else own
         most = min(worth, most)
         # if it is gone, there is no choice, and the work is judged by what it is for
         if (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.nn import FiLMConv, GATConv, GATv2Conv, RGCNConv, TransformerConv
-from torch_geometric.utils import scatter
+from torch_geometric.utils import scatter, softmax
 
 from lightning_tinykg import BitPlan, Ledger, compress_activations
 from lightning_tinykg.activations import remaking
@@ -681,6 +681,37 @@ def test_what_is_made_for_nothing_is_not_kept_for_what_could_not_be_made_of_it()
     _, ledger = error(function, a, 8)
     nodes = [entry.op for entry in ledger if entry.shape == (NODES, WIDTH) and entry.stored_bytes >= NODES * WIDTH]
     assert nodes == ["Addmm.mat1", "NativeLayerNorm.input", "NativeLayerNorm.input"]
+
+
+def test_what_rows_are_picked_from_may_have_a_code_of_its_own() -> None:
+    """A few rows of a layer of KGAT, in mixed precision, where the whole of it is too much work: its code is less."""
+    generator = torch.Generator().manual_seed(0)
+    nodes, edges, width = 1000, 10_000, 64
+    table = torch.randn(nodes, width, generator=generator).requires_grad_()
+    relations = torch.randn(20, width, generator=generator).requires_grad_()
+    source, target = torch.randint(nodes, (2, edges), generator=generator)
+    kinds = torch.randint(20, (edges,), generator=generator)
+    some = torch.randint(nodes, (3, 200), generator=generator)
+    linears = [nn.ModuleList(nn.Linear(width, width) for _ in range(2)) for _ in range(3)]
+
+    def layers() -> Tensor:  # whose results are gone when it returns
+        x, outputs = table, [table]
+        for sums, products in linears:
+            scores = (x[source] * torch.tanh(x[target] + relations[kinds])).sum(-1)
+            message = softmax(scores, target, num_nodes=nodes)[:, None] * x[source]
+            around = torch.zeros_like(x, dtype=message.dtype).index_add(0, target, message)
+            x = F.dropout(F.leaky_relu(sums(x + around)) + F.leaky_relu(products(x * around)), 0.1)
+            outputs.append(F.normalize(x))
+        return torch.cat(outputs, dim=1)
+
+    with torch.autocast("cpu", torch.bfloat16), compress_activations(2) as ledger:
+        out = layers()
+        user, positive, negative = (out[rows] for rows in some)
+        loss = F.logsigmoid((user * positive).sum(-1) - (user * negative).sum(-1)).mean()
+    loss.backward()
+    picked_from = [e for e in ledger if e.shape == (nodes, width) and e.stored_bytes and "from" in e.op]
+    assert picked_from[-1].op == "Mul.other from"
+    assert picked_from[-1].codec == "int4"
 
 
 def test_with_fewer_bits_as_much_is_made_again() -> None:
