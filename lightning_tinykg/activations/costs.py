@@ -180,7 +180,7 @@ class Costs:
 
         def count() -> Cost | None:
             cost = self.of_recipe(recipe, self._widths.judged(least), 1)
-            work = min(layout.numel * recipe.dtype.itemsize / recipe.nbytes, 1) * cost.work
+            work = min(layout.numel * recipe.dtype.itemsize / max(recipe.nbytes, 1), 1) * cost.work
             return cost if cost.nbytes == 0 and self.is_worth(work, own, nbytes) else None
 
         return self._decide((recipe.value.number, layout.offset, layout.numel, least), count)
@@ -343,19 +343,17 @@ class Costs:
             worth = worth if self._deeply else own
         most = min(worth, most)
         # if it is gone, there is no choice, and the work is judged by what it is for
-        if (
-            recipe is not None
-            and most > 0
-            and (gone or self.is_worth(recipe.work, worth, in_32_bits(recipe.nbytes, recipe.dtype)))
-        ):
-            mark = len(counted.before)
-            cost = self.of_recipe(recipe, least, most, counted, computed=computed)
-            if cost.nbytes < most and (
-                gone
-                or self.is_worth(cost.work, worth - cost.nbytes + cost.finer, in_32_bits(recipe.nbytes, recipe.dtype))
-            ):
-                return cost
-            counted.undo(mark)
+        if recipe is not None and most > 0:
+            nbytes = in_32_bits(recipe.nbytes, recipe.dtype)
+            # of a part, all others share the work
+            share = min(ingredient.layout.numel * ingredient.dtype.itemsize / max(recipe.nbytes, 1), 1)
+            if gone or self.is_worth(share * recipe.work, worth, nbytes):
+                mark = len(counted.before)
+                cost = self.of_recipe(recipe, least, most, counted, computed=computed)
+                work = share * cost.work
+                if cost.nbytes < most and (gone or self.is_worth(work, worth - cost.nbytes + cost.finer, nbytes)):
+                    return cost._replace(work=work)
+                counted.undo(mark)
         if not gone:
             self._paid_for.append((ingredient.value, computed))
             if ingredient.layout.offset == 0:

@@ -261,6 +261,23 @@ def test_what_relations_sums_are_made_of_is_kept_once_in_mixed_precision() -> No
     assert stored[1] <= 1.05 * stored[0]
 
 
+def test_parts_of_what_was_picked_at_once_are_picked_again_in_mixed_precision() -> None:
+    """As in KGAT, which picks the rows of all relations at once, and casts each relation's for a product of its own."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(2000, (10_000,), generator=generator)
+    table = nn.Parameter(torch.randn(2000, 64, generator=generator))
+    weights = nn.Parameter(torch.randn(20, 64, 64, generator=generator))
+
+    def loss() -> Tensor:
+        parts = table[rows].split(500)
+        return weighted(torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)]).float())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        _, ledger = compressed(loss, [table, weights], 2)
+    assert not any(entry.stored_bytes for entry in ledger if entry.op.startswith("Mm.self"))
+    assert "gather" in codecs(ledger, "Mm.self")
+
+
 def test_features_that_were_masked_in_place_are_no_copy_of_what_they_were() -> None:
     """``x = features.clone(); x[masked] = 0``, and a layer: nothing was made within it, and the clone is no more."""
     layer = nn.Linear(WIDTH, WIDTH)
