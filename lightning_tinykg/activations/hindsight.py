@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_tinykg.activations.books import Books
 from lightning_tinykg.activations.costs import Costs
-from lightning_tinykg.activations.keeping import Coded, Record
+from lightning_tinykg.activations.keeping import AsComplex, Coded, Record
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.recipes import Recipe, replaced
 from lightning_tinykg.activations.remaking import Remade
@@ -103,11 +103,13 @@ class Hindsight:
             cost = self._costs.of_nothing_more(recipe, layout, least, own, candidate.nbytes)
             if cost is not None:
                 remade = follow(recipe, least, Layout.at((layout.numel,), (1,), layout.offset), entry)
-                needed.update(_records(remade))
+                needed.update(records_in(remade))
                 self._books.let_go(record, recipe.value, remade, recipe.text(), cost.work)
 
     def _would_be_gone(self, record: Record, value: Value) -> bool:
         """Whether it takes memory that nobody else holds."""
+        if record.stays:
+            return False
         if record.reference is None:
             return record.value is not None
         others = [other for other in value.records if other is not record and other.reference is not None]
@@ -130,10 +132,12 @@ def _nothing() -> None:
     return None
 
 
-def _records(kept: Any) -> Iterator[Record]:
+def records_in(kept: Any) -> Iterator[Record]:
     """What something is made of."""
     if isinstance(kept, Coded):
         yield kept.record
+    elif isinstance(kept, AsComplex):
+        yield from records_in(kept.kept)
     elif isinstance(kept, (tuple, Remade)):
         for argument in kept if isinstance(kept, tuple) else kept.making.args:
-            yield from _records(argument)
+            yield from records_in(argument)

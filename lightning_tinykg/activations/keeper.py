@@ -20,6 +20,7 @@ from lightning_tinykg.activations.following import Follower
 from lightning_tinykg.activations.forms import Forms
 from lightning_tinykg.activations.fragile import FRAGILE
 from lightning_tinykg.activations.functions import Function
+from lightning_tinykg.activations.hindsight import records_in
 from lightning_tinykg.activations.keeping import (
     AsComplex,
     Coded,
@@ -206,6 +207,8 @@ class Keeper:
             self.widths.turn_to(saved.module, where)
             if saved.exact or (node is None and attribute):
                 kept = self._choose(tensor, EXACT, entry, op, node, computes=False)
+                for record in records_in(kept):
+                    record.stays = True
             elif self._by_rules:
                 rule = rule_for(node, attribute)
                 if self._follower is not None and node is not None and given is not None and rule is not SHAPE:

@@ -79,6 +79,7 @@ class Record:
         reference: the run itself, where it is kept as it is.
         remade: how the elements are made again, where that is done after all.
         asked: the width that was asked for, at the least.
+        stays: whether it is left out of compression, and not computed again.
         entry: the ledger's entry that paid for ``value`` or ``reference``.
         factor_of: sequence number of the last product that it was saved by as a factor.
         levels: the codes that restore a side or a sign only, by rule.
@@ -91,6 +92,7 @@ class Record:
     reference: Reference | None = None
     remade: Kept | None = None
     asked: int = 0
+    stays: bool = False
     entry: Entry | None = None
     factor_of: int | None = None
     levels: dict[Any, Code] = field(default_factory=dict)

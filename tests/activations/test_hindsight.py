@@ -9,7 +9,7 @@ from comparing import assert_exact, compressed, gradients, made, weighted
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_tinykg import BitPlan, Ledger, compress_activations
+from lightning_tinykg import BitPlan, Ledger, compress_activations, keep_exact
 from lightning_tinykg.activations.repeatable import Repeatable
 from lightning_tinykg.bits import PlanEntry
 
@@ -147,6 +147,16 @@ def test_nothing_is_held_for_it() -> None:
         assert [tensor() for tensor in gone] == [None, None]
     loss.backward()
     assert "int8" in {entry.codec for entry in ledger}
+
+
+def test_what_is_left_out_of_compression_is_not_computed_again() -> None:
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        a, b = made(a), made(b)
+        with keep_exact():
+            first = (a + b).square()
+        return first + (a + b) * (a * b)
+
+    assert "Pow.self" in tables(step(function, 32))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 12])
