@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, distributed, nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
-from lightning_tinykg.activations.costs import RECOMPUTE, Answer
+from lightning_tinykg.activations.costs import RECOMPUTE
 from lightning_tinykg.activations.decisions import Decisions
 from lightning_tinykg.activations.keeper import Keeper
 from lightning_tinykg.activations.keeping import Saved, not_compiled
@@ -149,7 +149,7 @@ class compress_activations:
         """The largest step so far, beside which it is judged what is small."""
         self.rank: int | None = None
         """Which process this is, each of which has its own noise. None: the rank in torch.distributed, if that runs."""
-        self._decisions: Decisions[Answer] = Decisions()
+        self._decisions = Decisions()
         self._entries: dict[int, list[tuple[Observer, ExitStack]]] = {}  # by thread
         self._matched = not modules
         self._told_at_once = False

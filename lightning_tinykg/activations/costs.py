@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_tinykg.activations.decisions import Decisions
 from lightning_tinykg.activations.keeping import Record
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
 from lightning_tinykg.activations.repeatable import (
@@ -24,7 +22,7 @@ from lightning_tinykg.activations.repeatable import (
 )
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
 from lightning_tinykg.activations.storages import Layout, in_32_bits
-from lightning_tinykg.activations.values import Value, Values
+from lightning_tinykg.activations.values import Value
 from lightning_tinykg.activations.widths import NARROW, Widths
 from lightning_tinykg.codecs.affine import FINE_BITS
 
@@ -91,20 +89,22 @@ class Cost(NamedTuple):
     finer: float = 0
 
 
-class Answer(NamedTuple):
-    """What was decided, and what the next decision takes from it.
+class Judging(NamedTuple):
+    """What a decision is judged by, and what follows from it too.
 
     Attributes:
-        cost: of what is made again; None where that is not done.
-        wanted: what it would have been made of, had it not been for its own code: by number, and the bytes.
-        worth_of: what it was paid for.
-        deeply: whether what it starts from was to be computed again.
+        picked: bytes that are paid for what is picked of it.
+        computed: bytes that are paid for what is computed of it.
+        deeply: whether what it starts from is computed again wherever that is worth the bytes.
     """
 
-    cost: Cost | None
-    wanted: tuple[tuple[int, int], ...]
-    worth_of: dict[bool, int]
-    deeply: bool
+    picked: int = 0
+    computed: int = 0
+    deeply: bool = True
+
+    def worth_of(self, computed: bool) -> int:
+        """The bytes, of what is computed or of what is picked."""
+        return self.computed if computed else self.picked
 
 
 _FREE = Cost(0, 0)
@@ -117,29 +117,19 @@ class Costs:
     Args:
         widths: the width of what is rounded.
         recompute: a key of :data:`RECOMPUTE`.
-        values: the storages.
-        decisions: what was decided in earlier steps.
-        given: what these have to have had alike.
+
+    Attributes:
+        judging: what the last decision was judged by.
+        wanted: what it would have been made of, had it not been for its own code: by number, and the bytes.
     """
 
-    def __init__(
-        self,
-        widths: Widths,
-        recompute: str,
-        values: Values,
-        decisions: Decisions[Answer],
-        given: tuple[Hashable, ...],
-    ) -> None:
+    def __init__(self, widths: Widths, recompute: str) -> None:
+        self.judging = Judging()
+        self.wanted: list[tuple[int, int]] = []
         self._widths = widths
         self._worth = RECOMPUTE[recompute]
-        self._values = values
-        self._decisions = decisions
-        self._decided = decisions.begin(recompute, *given)
-        self._wanted: list[tuple[int, int]] = []  # what is counted now would have been made of, if it were kept
         # what the cost that is being counted would be paid for; whether something is computed of it
         self._paid_for: list[tuple[Value, bool]] = []
-        self._worth_of = {False: 0, True: 0}  # of what is picked, of what is computed
-        self._deeply = True  # whether what it starts from is computed again wherever that is worth the bytes
 
     def of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int, own_least: int) -> Cost | None:
         """What it takes to make a tensor again.
@@ -154,15 +144,45 @@ class Costs:
         Returns:
             The cost; None where its own code is better.
         """
-        place = tensor.shape, tensor.storage_offset(), tensor.dtype
-        question = recipe.value.number, recipe.repeatable.name, *place, rule, least, own_least
-        return self._decide(question, lambda: self._of_remaking(recipe, tensor, rule, least, own_least))
+        least, own_least = self._widths.judged(least), self._widths.judged(own_least)
+        record = recipe.value.record(Layout.of(tensor), tensor.dtype, tensor._version)
+        if record is not None and record.bits >= self._exact_enough(own_least):  # it is kept already
+            return None
+        copied = recipe.repeatable is COPIED  # an argument's code may serve others too, so it is as good as its own
+        if copied and (argument := recipe.ingredients[0]).recipe is not None and not argument.free:
+            original = argument.tensor()
+            if original is not None:  # what that is made of is wanted as much as if it were saved itself
+                self.of_remaking(argument.recipe, original, rule, least, own_least)
+        # What is computed again is mostly as exact as 8 bits would be, and so worth what these would take. By what
+        # fewer take, each tensor of a chain is cheaper in a code of its own, and all of them are dearer than at 8 bits.
+        coarser = self.coded(record, Layout.of(tensor), tensor.itemsize)  # which it replaces
+        own = self.own_cost(tensor, rule, own_least) - coarser
+        worth = paid = self.own_cost(tensor, rule, max(own_least, 8)) - coarser if recipe.computes else own
+        for deeply in (True, False):
+            self.judging = Judging(own, paid, deeply)
+            self._paid_for.clear()
+            cost = self.of_recipe(recipe, least, worth + copied)
+            if not recipe.computes_itself and cost.work == recipe.work:  # it is picked from what is kept
+                worth = own
+            work = recipe.share(tensor.nbytes) * cost.work
+            # what is only held for a finer code has one already, so fewer bytes have to be fewer in fact
+            saves = cost.nbytes < (own if cost.finer else worth)
+            if (copied and cost.nbytes <= own) or (
+                saves and self.is_worth(work, worth - cost.nbytes + cost.finer, in_32_bits(tensor.nbytes, tensor.dtype))
+            ):
+                return Cost(cost.nbytes, work)
+            if recipe.computes_itself or cost.nbytes >= worth:
+                break
+            # where it is too much work to compute what rows are picked from, that may have codes of its own
+        if self.is_worth(work, worth, in_32_bits(tensor.nbytes, tensor.dtype)):  # if only what it is made of were kept
+            for value, computed in dict.fromkeys(self._paid_for):
+                value.wanted += self.judging.worth_of(computed)
+                self.wanted.append((value.number, self.judging.worth_of(computed)))
+        return None
 
-    def is_made_again(self, ingredient: Ingredient, least: int, *, computed: bool) -> bool:
-        """Whether what there still is of an ingredient is made again, and not kept."""
-        question = ingredient.value.number, ingredient.layout.offset, ingredient.layout.shape, least, computed
-        cost = self._decide(question, lambda: self.of_ingredient(ingredient, least, math.inf, computed=computed))
-        return cost is not None and cost.work > 0
+    def of_what_there_is(self, ingredient: Ingredient, least: int, *, computed: bool) -> Cost:
+        """What it takes to have an ingredient that is still there: no work, if it is kept."""
+        return self.of_ingredient(ingredient, least, math.inf, computed=computed)
 
     def of_nothing_more(self, recipe: Recipe, layout: Layout, least: int, own: int, nbytes: int) -> Cost | None:
         """What it takes to make a tensor again of what is kept already.
@@ -177,69 +197,9 @@ class Costs:
         Returns:
             The cost; None if it is too much work, or if something more would have to be kept.
         """
-
-        def count() -> Cost | None:
-            cost = self.of_recipe(recipe, self._widths.judged(least), 1)
-            work = min(layout.numel * recipe.dtype.itemsize / max(recipe.nbytes, 1), 1) * cost.work
-            return cost if cost.nbytes == 0 and self.is_worth(work, own, nbytes) else None
-
-        return self._decide((recipe.value.number, layout.offset, layout.numel, least), count)
-
-    def _decide(self, question: tuple[Hashable, ...], count: Callable[[], Cost | None]) -> Cost | None:
-        """The answer of an earlier step that went as this one, if there was one."""
-        widths, values = self._widths, self._values
-        so_far = widths.step.raw_bytes, len(values.met), values.work  # of what was saved, and of what was not
-        question = *question, widths.bits, widths.literal, *so_far
-        found = self._decided.get(question)
-        if found is None:
-            self._wanted.clear()
-            cost = count()
-            answer = Answer(cost, tuple(self._wanted), self._worth_of, self._deeply)
-            found = self._decisions.add(self._decided, question, answer)
-        else:
-            for number, nbytes in found.answer.wanted:
-                self._values.met[number].wanted += nbytes
-            self._worth_of, self._deeply = found.answer.worth_of, found.answer.deeply
-        self._decided = found.then
-        return found.answer.cost
-
-    def _of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int, own_least: int) -> Cost | None:
-        least, own_least = self._widths.judged(least), self._widths.judged(own_least)
-        record = recipe.value.record(Layout.of(tensor), tensor.dtype, tensor._version)
-        if record is not None and record.bits >= self._exact_enough(own_least):  # it is kept already
-            return None
-        copied = recipe.repeatable is COPIED  # an argument's code may serve others too, so it is as good as its own
-        if copied and (argument := recipe.ingredients[0]).recipe is not None and not argument.free:
-            original = argument.tensor()
-            if original is not None:  # what that is made of is wanted as much as if it were saved itself
-                self._of_remaking(argument.recipe, original, rule, least, own_least)
-        # What is computed again is mostly as exact as 8 bits would be, and so worth what these would take. By what
-        # fewer take, each tensor of a chain is cheaper in a code of its own, and all of them are dearer than at 8 bits.
-        coarser = self.coded(record, Layout.of(tensor), tensor.itemsize)  # which it replaces
-        own = self.own_cost(tensor, rule, own_least) - coarser
-        worth = self.own_cost(tensor, rule, max(own_least, 8)) - coarser if recipe.computes else own
-        self._worth_of = {False: own, True: worth}
-        share = min(tensor.nbytes / recipe.nbytes, 1)  # of a part, all others share the work
-        for self._deeply in (True, False):
-            self._paid_for.clear()
-            cost = self.of_recipe(recipe, least, worth + copied)
-            if not recipe.computes_itself and cost.work == recipe.work:  # it is picked from what is kept
-                worth = own
-            work = share * cost.work
-            # what is only held for a finer code has one already, so fewer bytes have to be fewer in fact
-            saves = cost.nbytes < (own if cost.finer else worth)
-            if (copied and cost.nbytes <= own) or (
-                saves and self.is_worth(work, worth - cost.nbytes + cost.finer, in_32_bits(tensor.nbytes, tensor.dtype))
-            ):
-                return Cost(cost.nbytes, work)
-            if recipe.computes_itself or cost.nbytes >= worth:
-                break
-            # where it is too much work to compute what rows are picked from, that may have codes of its own
-        if self.is_worth(work, worth, in_32_bits(tensor.nbytes, tensor.dtype)):  # if only what it is made of were kept
-            for value, computed in dict.fromkeys(self._paid_for):
-                value.wanted += self._worth_of[computed]
-                self._wanted.append((value.number, self._worth_of[computed]))
-        return None
+        cost = self.of_recipe(recipe, self._widths.judged(least), 1)
+        work = recipe.share(layout.numel * recipe.dtype.itemsize) * cost.work
+        return Cost(0, work) if cost.nbytes == 0 and self.is_worth(work, own, nbytes) else None
 
     def needs(self, recipe: Recipe, least: int) -> tuple[int, ...]:
         """The least width of each ingredient, so that what is made of them is worth ``least`` bits."""
@@ -331,22 +291,21 @@ class Costs:
             layout, itemsize, record = ingredient.layout, ingredient.dtype.itemsize, ingredient.record(1)
             coded = self.coded(record, layout, itemsize)
             own = worth = self._code(layout, itemsize, least) - coded
-            if self._deeply and recipe is not None and recipe.computes:  # as of what is asked for: worth 8 bits
+            if self.judging.deeply and recipe is not None and recipe.computes:  # as of what is asked for: worth 8 bits
                 worth = self._code(layout, itemsize, max(least, 8)) - coded
             # Each relation's sums alone are not worth keeping the table they are made of, all together are. So what was
             # kept in its stead counts for it, where it is not far larger than any of them, and little is lost if it is
             # not asked for again.
-            wanted = ingredient.value.wanted if own <= 2 * self._worth_of[computed] else 0
+            wanted = ingredient.value.wanted if own <= 2 * self.judging.worth_of(computed) else 0
             own = max(own - wanted, 0)
             if computed and coded and ingredient.lingers:
                 finer = min(own, self.coded(record, layout, itemsize, least) - coded)
-            worth = worth if self._deeply else own
+            worth = worth if self.judging.deeply else own
         most = min(worth, most)
         # if it is gone, there is no choice, and the work is judged by what it is for
         if recipe is not None and most > 0:
             nbytes = in_32_bits(recipe.nbytes, recipe.dtype)
-            # of a part, all others share the work
-            share = min(ingredient.layout.numel * ingredient.dtype.itemsize / max(recipe.nbytes, 1), 1)
+            share = recipe.share(ingredient.layout.numel * ingredient.dtype.itemsize)
             if gone or self.is_worth(share * recipe.work, worth, nbytes):
                 mark = len(counted.before)
                 cost = self.of_recipe(recipe, least, most, counted, computed=computed)

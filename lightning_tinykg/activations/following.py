@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_tinykg.activations.books import Books
 from lightning_tinykg.activations.costs import Costs
+from lightning_tinykg.activations.decisions import Decider
 from lightning_tinykg.activations.forms import Forms
 from lightning_tinykg.activations.hindsight import Hindsight
 from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Reference, Saved
@@ -34,6 +35,7 @@ class Follower:
     Args:
         recipes: how tensors were made.
         costs: what it takes to make them again.
+        decider: decides by that.
         forms: makes the codes of what they start from.
         books: who pays for these.
         widths: in how many bits.
@@ -41,7 +43,14 @@ class Follower:
     """
 
     def __init__(
-        self, recipes: RecipeBook, costs: Costs, forms: Forms, books: Books, widths: Widths, values: Values
+        self,
+        recipes: RecipeBook,
+        costs: Costs,
+        decider: Decider,
+        forms: Forms,
+        books: Books,
+        widths: Widths,
+        values: Values,
     ) -> None:
         self.recipes = recipes
         self._values = values
@@ -50,7 +59,8 @@ class Follower:
         self._books = books
         self._widths = widths
         # fragile saves that are made again of what is rounded, by what they were made as: storage and version
-        self._hindsight = Hindsight(costs, widths, books)
+        self._decider = decider
+        self._hindsight = Hindsight(costs, decider, widths, books)
         self._fragile: dict[tuple[Value, int], tuple[weakref.ref[Saved], Layout, Entry]] = {}
 
     def note_fragile(self, saved: Saved, tensor: Tensor, entry: Entry) -> None:
@@ -59,10 +69,15 @@ class Follower:
         if recipe is not None and self._widths.bits < 32:
             self._fragile[recipe.value, recipe.version] = weakref.ref(saved), Layout.of(tensor), entry
 
-    def forget(self) -> None:
-        """The forward is over: nothing will use its results any more."""
+    def finish(self) -> None:
+        """The forward is over: nothing will use its results any more, and all that is kept is known."""
         self._fragile.clear()
-        self._hindsight.look_back(self._follow)
+        self._hindsight.look_back(self._follow_if_it_can_be)
+
+    def _follow_if_it_can_be(self, recipe: Recipe, least: int, layout: Layout, entry: Entry) -> Remade | None:
+        with suppress(_Gone):
+            return self._follow(recipe, least, layout, entry)
+        return None
 
     def _make_exactly(self, recipe: Recipe) -> None:
         """Something is made again to the last bit: so are the fragile saves that it is made of, which takes no more.
@@ -137,7 +152,7 @@ class Follower:
             least = 32
         elif bends and least > 4 and recipe.computes and not self._widths.literal:
             least = max(least, FINE_BITS)  # what enters a function that bends: as exact as 8 bits of itself
-        if (cost := self._costs.of_remaking(recipe, tensor, rule, least, own)) is None:
+        if (cost := self._decider.of_remaking(recipe, tensor, rule, least, own)) is None:
             if isinstance(rule, Need) and rule is not SIGN:
                 self._hindsight.note(recipe, tensor, least)
             return None
@@ -197,7 +212,7 @@ class Follower:
             if record.bits < 32:
                 record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
         elif record is None:
-            if tensor is None or self._costs.is_made_again(ingredient, least, computed=computed):
+            if tensor is None or self._decider.is_made_again(ingredient, least, computed=computed):
                 if ingredient.recipe is None:
                     raise _Gone
                 return self._follow(ingredient.recipe, least, layout, entry, computed=computed)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_tinykg.activations.books import Books
 from lightning_tinykg.activations.costs import Costs
+from lightning_tinykg.activations.decisions import Decider
 from lightning_tinykg.activations.keeping import AsComplex, Coded, Record
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.recipes import Recipe, replaced
@@ -54,12 +55,14 @@ class Hindsight:
 
     Args:
         costs: what is worth its work.
+        decider: decides.
         widths: in how many bits.
         books: who pays.
     """
 
-    def __init__(self, costs: Costs, widths: Widths, books: Books) -> None:
+    def __init__(self, costs: Costs, decider: Decider, widths: Widths, books: Books) -> None:
         self._costs = costs
+        self._decider = decider
         self._widths = widths
         self._books = books
         self._candidates: list[_Candidate] = []
@@ -77,11 +80,12 @@ class Hindsight:
             bits, literal = self._widths.bits, self._widths.literal
             self._candidates.append(_Candidate(_bare(recipe), layout, least, bits, literal, nbytes))
 
-    def look_back(self, follow: Callable[[Recipe, int, Layout, Entry], Remade]) -> None:
+    def look_back(self, follow: Callable[[Recipe, int, Layout, Entry], Remade | None]) -> None:
         """The forward is over: let go of codes whose tensors can be made of others.
 
         Args:
-            follow: keeps what a recipe starts from: it, the width, the run that is made, and whose it is.
+            follow: keeps what a recipe starts from: it, the width, the run that is made, and whose it is. None if
+                something of that is gone.
         """
         widest: dict[Record, _Candidate] = {}
         for candidate in self._candidates:
@@ -98,11 +102,11 @@ class Hindsight:
             least = max(candidate.least, record.asked)  # something that is made of it may have asked for more
             if least == 32 and not recipe.steady:
                 continue
-            self._widths.bits, self._widths.literal = candidate.bits, candidate.literal
+            self._widths.turn_back(candidate.bits, candidate.literal)
             own = self._costs.coded(record, layout, recipe.dtype.itemsize) or candidate.nbytes
-            cost = self._costs.of_nothing_more(recipe, layout, least, own, candidate.nbytes)
-            if cost is not None:
-                remade = follow(recipe, least, Layout.at((layout.numel,), (1,), layout.offset), entry)
+            cost = self._decider.of_nothing_more(recipe, layout, least, own, candidate.nbytes)
+            run = Layout.at((layout.numel,), (1,), layout.offset)
+            if cost is not None and (remade := follow(recipe, least, run, entry)) is not None:
                 needed.update(records_in(remade))
                 self._books.let_go(record, recipe.value, remade, recipe.text(), cost.work)
 

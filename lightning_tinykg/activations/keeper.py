@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_tinykg.activations import changes
 from lightning_tinykg.activations.books import Books
 from lightning_tinykg.activations.compared import Comparer
-from lightning_tinykg.activations.costs import Answer, Costs
-from lightning_tinykg.activations.decisions import Decisions
+from lightning_tinykg.activations.costs import Costs
+from lightning_tinykg.activations.decisions import Decider, Decisions
 from lightning_tinykg.activations.deferring import is_deferrable
 from lightning_tinykg.activations.following import Follower
 from lightning_tinykg.activations.forms import Forms
@@ -110,7 +110,7 @@ class Keeper:
         key: int,
         ledger: Ledger,
         largest_step: StepSize,
-        decisions: Decisions[Answer],
+        decisions: Decisions,
     ) -> None:
         self.ledger = ledger
         self.values = Values()
@@ -123,9 +123,10 @@ class Keeper:
         self._follower: Follower | None = None
         if by_rules and recompute != "off":
             recipes = RecipeBook(self.values, min_bytes)
-            given = plan, group_size, min_bytes, largest_step
-            costs = Costs(self.widths, recompute, self.values, decisions, given)
-            self._follower = Follower(recipes, costs, self.forms, self._books, self.widths, self.values)
+            given = plan, group_size, min_bytes, largest_step, recompute
+            costs = Costs(self.widths, recompute)
+            decider = Decider(costs, self.widths, self.values, decisions, *given)
+            self._follower = Follower(recipes, costs, decider, self.forms, self._books, self.widths, self.values)
         self._comparer = Comparer(self.values, self.forms, self.widths, self._follower, min_bytes)
         self._fragile: WeakValueDictionary[int, Record] = WeakValueDictionary()
 
@@ -169,7 +170,7 @@ class Keeper:
         self._comparer.forget()
         self._fragile.clear()
         if self._follower is not None:
-            self._follower.forget()
+            self._follower.finish()
         self._books.close()
 
     # -- what is kept -------------------------------------------------------------------------------------------

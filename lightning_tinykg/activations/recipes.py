@@ -163,6 +163,10 @@ class Recipe:
             self.to_the_bit = replace(self, args=args, ingredients=ingredients, steady=True, makings={})
         return self.to_the_bit
 
+    def share(self, nbytes: int) -> float:
+        """The share of its work that a part of ``nbytes`` of what it makes takes: all others have the rest."""
+        return min(nbytes / max(self.nbytes, 1), 1)
+
     def text(self, depth: int = 3) -> str:
         """The ops, from tensors ``x`` that are kept (of an index: from indices ``i``); ``...`` for what is deeper."""
         if depth == 0:
@@ -288,6 +292,7 @@ class RecipeBook:
                 value.recipe = None
             else:
                 alive.append(value)
+        self._values.alive = len(alive)
         self._noted, self._until_sweep = alive, max(_SWEEP, len(alive) // 4)
 
     def _argument(self, argument: Any, most: int, ingredients: list[Ingredient], out: Tensor) -> Any:

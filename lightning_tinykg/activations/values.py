@@ -7,7 +7,7 @@ nothing to refer to. What an op made while compression was on belongs to the gra
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -48,6 +48,7 @@ class Value:
     """
 
     __slots__ = (
+        "_one_less",
         "_records",
         "apart",
         "blurred",
@@ -61,8 +62,9 @@ class Value:
         "wanted",
     )
 
-    def __init__(self, storage: StorageWeakRef, number: int) -> None:
+    def __init__(self, storage: StorageWeakRef, number: int, one_less: Callable[[ref[Record]], None]) -> None:
         self.number = number
+        self._one_less = one_less
         self.storage = storage
         self.users: bool | None = None
         self.recipe: Recipe | None = None
@@ -84,7 +86,7 @@ class Value:
     def keep(self, layout: Layout, dtype: torch.dtype, version: int, record: Record) -> None:
         """Note what is kept of these elements."""
         key = object() if self.blurred else _key(layout, dtype, version)  # which nobody will ask for
-        self._records[key] = ref(record)
+        self._records[key] = ref(record, self._one_less)
 
     @property
     def records(self) -> list[Record]:
@@ -114,6 +116,16 @@ class Values:
         self._by_storage: dict[int, Value] = {}
         self.met: list[Value] = []
         """All of them, in the order in which they were met."""
+        self.died = [0]
+        """How many records are gone, since no save holds them any more."""
+        died = self.died  # and not the values themselves: they would hold themselves
+
+        def one_less(record: ref[Record]) -> None:
+            died[0] += 1
+
+        self._one_less = one_less
+        self.alive = 0
+        """How many results were there, when it was looked last."""
         self.work = 0.0
         """What it would take to make all again that is known how to make."""
         self.any_apart = False
@@ -175,7 +187,7 @@ class Values:
         storage = tensor.untyped_storage()
         value = self._by_storage.get(storage._cdata)
         if value is None:
-            value = self._by_storage[storage._cdata] = Value(StorageWeakRef(storage), len(self.met))
+            value = self._by_storage[storage._cdata] = Value(StorageWeakRef(storage), len(self.met), self._one_less)
             self.met.append(value)
         return value
 

@@ -74,6 +74,10 @@ class Widths:
         self.bits = bits_now(entry.bits)
         self.literal = entry.component != "*"
 
+    def turn_back(self, bits: int, literal: bool) -> None:
+        """What follows is about a save of before, which was asked for so."""
+        self.bits, self.literal = bits, literal
+
     def charge(self, raw_bytes: int) -> None:
         """Note a tensor that the uncompressed graph would keep."""
         self.step = StepSize(self.step.raw_bytes + raw_bytes, max(self.step.largest, raw_bytes))

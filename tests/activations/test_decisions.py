@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch_geometric.nn import FiLMConv, GATConv
 
 from lightning_tinykg import BitPlan, Ledger, compress_activations
-from lightning_tinykg.activations import decisions
+from lightning_tinykg.activations import decisions, following
 from lightning_tinykg.activations.costs import Costs
+from lightning_tinykg.activations.following import Follower
 from lightning_tinykg.bits import PlanEntry
 
 NODES, EDGES, WIDTH = 200, 6000, 32
@@ -92,13 +93,13 @@ def test_a_step_is_what_it_would_be_without_those_before_it(
 
 def weighings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often it is weighed whether a tensor is made again, in an only element."""
-    weigh, counted = Costs._of_remaking, [0]
+    weigh, counted = Costs.of_remaking, [0]
 
     def weighed(self: Costs, *args: Any) -> Any:
         counted[0] += 1
         return weigh(self, *args)
 
-    monkeypatch.setattr(Costs, "_of_remaking", weighed)
+    monkeypatch.setattr(Costs, "of_remaking", weighed)
     return counted
 
 
@@ -122,3 +123,42 @@ def test_of_steps_that_are_never_alike_not_all_is_kept(monkeypatch: pytest.Monke
     counted[0] = 0
     step(model, edges(300), context)
     assert counted[0] > 5
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_what_was_there_in_steps_before_may_be_gone(bits: int) -> None:
+    """A result that is not used, and let go of before the forward is over: nothing can be made of what it saved."""
+    weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    context = compress_activations(bits, min_bytes=0)
+    for unused in (False, False, False, True, False):
+        leaves = [X.clone().requires_grad_() for _ in range(2)]
+        fresh = compress_activations(bits, min_bytes=0)
+        fresh.step, fresh.largest_step = context.step, context.largest_step
+        said_of = []
+        for each in (context, fresh):
+            with each as ledger:
+                a, b = map(made, leaves)
+                loss = F.linear(a + b, weight).sum()
+                product = a * b
+                if unused:
+                    del product
+                else:
+                    loss = loss + product.sum()
+            (gradient,) = torch.autograd.grad(loss, weight)
+            said_of.append((said(ledger), gradient))
+        assert said_of[0][0] == said_of[1][0]
+        assert torch.equal(said_of[0][1], said_of[1][1])
+
+
+def test_the_users_memory_may_be_gone_by_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FSDP takes a weight's away: what was to be made of it keeps its own code."""
+    monkeypatch.setattr(Follower, "_follow", _gone)
+    with compress_activations(8, min_bytes=0) as ledger:
+        a, b = made(X.clone().requires_grad_()), made(X.clone().requires_grad_())
+        loss = F.linear(a + b, torch.ones(WIDTH, WIDTH, requires_grad=True)).sum() + (a * b).sum()
+    loss.backward()
+    assert "recipe" not in {entry.codec for entry in ledger}
+
+
+def _gone(*args: Any, **options: Any) -> Any:
+    raise following._Gone
