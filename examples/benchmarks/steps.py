@@ -263,7 +263,8 @@ class KGIN(nn.Module):
             message = entity[source] * self.relation[self.graph.edge_type]
             share = F.softmax(user @ self.intent.t(), dim=1).unsqueeze(-1)
             paths = F.softmax(self.mixture, dim=-1) @ self.relation
-            liked = torch.sparse.mm(self.seen, entity)
+            with torch.autocast(user.device.type, enabled=False):  # it has no backward in lower precision
+                liked = torch.sparse.mm(self.seen, entity)
             user = liked * (paths.expand(len(user), -1, -1) * share).sum(1) + liked
             entity = scatter(message, target, 0, self.graph.num_nodes, reduce="mean")
             entity = F.dropout(F.normalize(entity), self.dropout, self.training)

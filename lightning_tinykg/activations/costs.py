@@ -165,10 +165,9 @@ class Costs:
             if not recipe.computes_itself and cost.work == recipe.work:  # it is picked from what is kept
                 worth = own
             work = recipe.share(tensor.nbytes) * cost.work
-            # what is only held for a finer code has one already, so fewer bytes have to be fewer in fact
-            saves = cost.nbytes < (own if cost.finer else worth)
             if (copied and cost.nbytes <= own) or (
-                saves and self.is_worth(work, worth - cost.nbytes + cost.finer, in_32_bits(tensor.nbytes, tensor.dtype))
+                cost.nbytes < worth
+                and self.is_worth(work, worth - cost.nbytes + cost.finer, in_32_bits(tensor.nbytes, tensor.dtype))
             ):
                 return Cost(cost.nbytes, work)
             if recipe.computes_itself or cost.nbytes >= worth:

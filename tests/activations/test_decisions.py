@@ -126,11 +126,13 @@ def test_of_steps_that_are_never_alike_not_all_is_kept(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-def test_what_was_there_in_steps_before_may_be_gone(bits: int) -> None:
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("steps", [(False, False, True, False), (True, True, False, True)])
+def test_what_was_there_in_steps_before_may_be_gone(steps: tuple[bool, ...], first: bool, bits: int) -> None:
     """A result that is not used, and let go of before the forward is over: nothing can be made of what it saved."""
     weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2)).requires_grad_()
     context = compress_activations(bits, min_bytes=0)
-    for unused in (False, False, False, True, False):
+    for unused in steps:
         leaves = [X.clone().requires_grad_() for _ in range(2)]
         fresh = compress_activations(bits, min_bytes=0)
         fresh.step, fresh.largest_step = context.step, context.largest_step
@@ -138,12 +140,16 @@ def test_what_was_there_in_steps_before_may_be_gone(bits: int) -> None:
         for each in (context, fresh):
             with each as ledger:
                 a, b = map(made, leaves)
-                loss = F.linear(a + b, weight).sum()
-                product = a * b
+                total = a + b
+                outputs = [a * b] if first else []
                 if unused:
-                    del product
-                else:
-                    loss = loss + product.sum()
+                    outputs.clear()
+                outputs.append(F.linear(total, weight))
+                if not first:
+                    outputs.append(a * b)
+                    if unused:
+                        outputs.pop()
+                loss = torch.stack([output.sum() for output in outputs]).sum()
             (gradient,) = torch.autograd.grad(loss, weight)
             said_of.append((said(ledger), gradient))
         assert said_of[0][0] == said_of[1][0]

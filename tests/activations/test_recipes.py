@@ -743,6 +743,26 @@ def test_fewer_bits_are_not_more_bytes(bits: int) -> None:
     assert least < 1.5 * most
 
 
+@pytest.mark.parametrize("bits", [4, 2, 1])
+@pytest.mark.parametrize("activation", [F.relu, F.gelu])
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_stack_in_fewer_bits_is_not_more_bytes(scored: bool, activation: Any, bits: int) -> None:
+    """One finer code of its input serves all layers, and the rows that are picked of the last: each alone is dearer."""
+    torch.manual_seed(0)
+    layers, a = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3)), table()
+
+    def function(x: Tensor) -> Tensor:
+        h = made(x)
+        for layer in layers:
+            h = activation(layer(h))
+        users, liked, other = (h[rows[:300]] for rows in (SOURCE, TARGET, TARGET.flip(0)))
+        return F.logsigmoid((users * liked).sum(-1) - (users * other).sum(-1)) if scored else h
+
+    (most, at_8), (least, with_fewer) = (error(function, a, width) for width in (8, bits))
+    assert with_fewer.stored_bytes <= at_8.stored_bytes
+    assert max(most, least) < 0.01
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_shares_a_scale_with_other_rows_is_not_made_of_a_norms_input(turned: bool) -> None:
     """Beside a large row, a small one has lost all that its norm would blow up."""
