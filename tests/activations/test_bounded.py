@@ -74,6 +74,24 @@ def test_a_sigmoid_that_is_made_again_is_as_exact_as_what_its_loss_is_given(bits
     assert (got - want).norm() < 0.05 * want.norm()
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_a_sigmoid_that_is_made_of_rounded_rows_is_made_of_exact_ones_then(bits: int) -> None:
+    """Its own rows are the least bytes in few bits, and what these are differences to where they have to be exact."""
+    draw = torch.Generator().manual_seed(0)
+    entities = torch.randn(3000, 63, generator=draw).requires_grad_()
+    rows = torch.randn(64, 32, generator=draw).requires_grad_()
+    target = torch.rand(64, 3000, generator=draw) < 0.01
+
+    def loss() -> Tensor:
+        h = made(rows)
+        x = torch.cat([h - 0.5, 1 - h], dim=1)[:, 1:]  # a part of it, which keeps its code when all is over
+        return F.binary_cross_entropy(torch.sigmoid(x @ entities.t()), target.float())
+
+    want = torch.cat([gradient.flatten() for gradient in gradients(loss, [entities, rows])])
+    got = torch.cat([gradient.flatten() for gradient in compressed(loss, [entities, rows], bits)[0]])
+    assert (got - want).norm() < 0.05 * want.norm()
+
+
 def test_what_only_multiplies_is_rounded() -> None:
     x, h = wide(1.0), wide(1.0)
 

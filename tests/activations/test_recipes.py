@@ -867,7 +867,7 @@ def test_a_rounded_quotient_is_no_quotient() -> None:
     assert error(function, a, 8)[0] < 0.01
 
 
-@pytest.mark.parametrize("bits", [32, 8, 2])
+@pytest.mark.parametrize("bits", [32, 8, 4, 2])
 def test_the_sums_of_all_relations_are_made_of_one_table(bits: int) -> None:
     """Each alone is not worth keeping the table; from the third relation on it is known that they all ask for it."""
     relations = 10

@@ -13,7 +13,7 @@ from textwrap import dedent
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -156,6 +156,8 @@ CODES = st.integers(0, 1) | st.integers(0, 3)
     st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
     st.integers(0, 3),
 )
+@example([math.nan, -math.nan], (-1.0, 1.0), (0, 1, 2, 3), False, torch.float16, 0)
+@example([math.nan, -math.nan], (-1.0, 1.0), (0, 1, 2, 3), True, torch.float16, 0)
 def test_same_classes_of_anything(
     values: list[float], ends: tuple[float, float], codes: tuple[int, ...], is_open: bool, dtype: torch.dtype, at: int
 ) -> None:
