@@ -1,5 +1,6 @@
 """Fixtures that more than one package's tests use."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -8,6 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays, so it is not looked through whenever a test collects garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
