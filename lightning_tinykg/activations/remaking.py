@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_tinykg.activations.keeping import Coded, Levels, Reference
+from lightning_tinykg.activations.repeatable import INDEX_SELECT
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.codecs.affine import AffineCode
@@ -209,7 +210,7 @@ def _embedding_into(index: Tensor, table: Tensor, out: Tensor) -> None:
 
 
 _GATHERS = {
-    torch.index_select: _Into(_select_into, False, lambda table, dim, index: (table, index) if dim == 0 else None),
+    INDEX_SELECT: _Into(_select_into, False, lambda table, dim, index: (table, index) if dim == 0 else None),
     torch.Tensor.__getitem__: _Into(
         _index_into,
         False,

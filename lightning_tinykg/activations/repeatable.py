@@ -17,6 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_TORCH = torch._C._VariableFunctions
+"""What ``torch`` was made of: PyG puts an ``index_select`` of its own in there, which calls this one."""
+
+INDEX_SELECT = _TORCH.index_select
+
 
 class Carries(Enum):
     """What rounding of an op's arguments does to its result."""
@@ -260,7 +265,7 @@ def _table() -> dict[Any, Repeatable]:
 
     def add(names: str, carries: Carries, passes: float, describe: Any = _as_called, **more: Any) -> None:
         for name in names.split():
-            for owner in (torch, Tensor, functional):
+            for owner in (_TORCH, torch, Tensor, functional):
                 if (op := getattr(owner, name, None)) is not None:
                     found[op] = Repeatable(op, name.strip("_"), carries, passes, describe, **more)
 
@@ -300,18 +305,18 @@ def _table() -> dict[Any, Repeatable]:
     add("linear", LINEAR, 1, _folded(_by_name("input", "weight", "bias")), product=True)
     add("mm matmul __matmul__ bmm", PRODUCT, 1, _folded(_as_called), product=True)
     add("gather take_along_dim", SAME, 1, table=0)
-    for gathers in (torch.index_select, Tensor.index_select):
-        found[gathers] = Repeatable(torch.index_select, "index_select", SAME, 1, _index_select, table=0)
+    for gathers in (INDEX_SELECT, Tensor.index_select):
+        found[gathers] = Repeatable(INDEX_SELECT, "index_select", SAME, 1, _index_select, table=0)
     found[Tensor.__getitem__] = Repeatable(Tensor.__getitem__, "getitem", SAME, 1, _getitem, table=0)
     for name, op in (("scatter_add", _scattered), ("index_add", _index_added)):
         repeatable = Repeatable(op, name, LINEAR, 1, _sum_of_rows, SCATTER_READS, any_order=True, onto_zeros=True)
-        for adds in (getattr(torch, name), getattr(Tensor, name), getattr(Tensor, f"{name}_")):
+        for adds in (getattr(_TORCH, name), getattr(Tensor, name), getattr(Tensor, f"{name}_")):
             found[adds] = repeatable
     found[functional.batch_norm] = Repeatable(functional.batch_norm, "batch_norm", EXACT, 4, _batch_norm)
     for name, writes in _WRITING.items():
-        like = found[getattr(torch, name, None) or getattr(functional, name)]
+        like = found[getattr(_TORCH, name, None) or getattr(functional, name)]
         for over in writes.split():
-            for owner in (torch, Tensor, functional):
+            for owner in (_TORCH, torch, Tensor, functional):
                 if (function := getattr(owner, over, None)) is not None:
                     found[function] = replace(like, describe=_in_place(like.describe))
     found[functional.embedding] = Repeatable(functional.embedding, "embedding", SAME, 1, _embedding, table=1)

@@ -1,5 +1,7 @@
 """What is made again: the same bits, from what is kept anyway, as much of it as was asked for."""
 
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -628,6 +630,21 @@ def test_tables_that_rows_are_picked_from_are_computed_again(bits: int) -> None:
     off_by, with_fewer = error(function, a, bits)
     assert with_fewer.stored_bytes <= at_8.stored_bytes
     assert off_by < 0.1
+
+
+def test_index_select_is_known_when_pyg_has_put_its_own_in_its_place() -> None:
+    """RGATConv picks a matrix for each edge by ``torch.index_select``, which PyG replaces when it is imported."""
+    code = """
+import torch
+from torch_geometric.nn import RGATConv
+from lightning_tinykg import compress_activations
+x, edges, kinds = torch.randn(50, 16).requires_grad_(), torch.randint(50, (2, 400)), torch.randint(3, (400,))
+with compress_activations(32) as ledger:
+    RGATConv(16, 16, 3)(x, edges, kinds)
+print([entry.codec for entry in ledger if entry.op == "Bmm.mat2"])
+"""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert ran.stdout.split() == ["['gather',", "'gather']"], ran.stdout + ran.stderr
 
 
 def test_what_is_too_much_work_to_compute_is_kept_for_what_is_picked_of_it() -> None:
