@@ -7,6 +7,7 @@ storage, never by address: addresses are used again.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -60,6 +61,15 @@ def _collect(values: Any, depth: int, found: list[Tensor]) -> None:
             found.append(item)
         elif depth > 1 and isinstance(item, (list, tuple, dict)):
             _collect(item, depth - 1, found)
+
+
+def picked_by(index: Tensor) -> Tensor:
+    """The tensor that PyG's ``Index`` wraps, a row of its ``EdgeIndex``, to pick by; any other as it is.
+
+    Autograd keeps the ``Index`` itself for what is picked, so it costs nothing to pick by it once more.
+    """
+    pyg = sys.modules.get("torch_geometric.index")
+    return index.as_tensor() if pyg is not None and isinstance(index, pyg.Index) else index
 
 
 def is_plain(tensor: Tensor) -> bool:

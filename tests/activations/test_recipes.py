@@ -15,6 +15,7 @@ from comparing import assert_exact, codecs, compressed, gradients, made, weighte
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import FiLMConv, GATConv, GATv2Conv, RGCNConv, TransformerConv
 from torch_geometric.utils import scatter, softmax
 
@@ -645,6 +646,20 @@ print([entry.codec for entry in ledger if entry.op == "Bmm.mat2"])
 """
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert ran.stdout.split() == ["['gather',", "'gather']"], ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_rows_are_picked_again_by_pygs_edge_index(bits: int) -> None:
+    """As by a tensor: its rows are tensors of a class of their own."""
+    conv, x = GATConv(WIDTH, WIDTH // 4, heads=4), table()
+    edge_index = EdgeIndex(torch.stack([SOURCE, TARGET]), sparse_size=(NODES, NODES)).sort_by("col").values
+    stored = []
+    for edges in (edge_index, edge_index.as_tensor()):
+        (want,) = gradients(lambda edges=edges: weighted(conv(x, edges)), [x])
+        (got,), ledger = compressed(lambda edges=edges: weighted(conv(x, edges)), [x], bits)
+        assert torch.equal(got, want) if bits == 32 else (got - want).norm() < 0.01 * want.norm()
+        stored.append(ledger.stored_bytes)
+    assert stored[0] <= stored[1]
 
 
 def test_what_is_too_much_work_to_compute_is_kept_for_what_is_picked_of_it() -> None:
