@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_tinykg.activations.repeatable import FLOPS_PER_BYTE, REPEATABLE, SAME, Repeatable
-from lightning_tinykg.activations.storages import Layout, is_freed, is_plain, picked_by, storage_id, viewed
+from lightning_tinykg.activations.storages import Layout, is_freed, is_plain, ordinary, storage_id, viewed
 from lightning_tinykg.activations.values import Value, Values
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ class RecipeBook:
                 return tuple([self._argument(item, most, ingredients, out) for item in argument])
             return argument
         dtype = argument.dtype
-        if dtype.is_complex or not (is_plain(argument) or is_plain(argument := picked_by(argument))):
+        if dtype.is_complex or not (is_plain(argument) or is_plain(argument := ordinary(argument))):
             raise _NoIngredient
         version = argument._version - (argument is out)
         value = self._values.of(argument)

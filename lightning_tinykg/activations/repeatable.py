@@ -265,7 +265,7 @@ def _table() -> dict[Any, Repeatable]:
 
     def add(names: str, carries: Carries, passes: float, describe: Any = _as_called, **more: Any) -> None:
         for name in names.split():
-            for owner in (_TORCH, torch, Tensor, functional):
+            for owner in (_TORCH, Tensor, functional):
                 if (op := getattr(owner, name, None)) is not None:
                     found[op] = Repeatable(op, name.strip("_"), carries, passes, describe, **more)
 
@@ -316,7 +316,7 @@ def _table() -> dict[Any, Repeatable]:
     for name, writes in _WRITING.items():
         like = found[getattr(_TORCH, name, None) or getattr(functional, name)]
         for over in writes.split():
-            for owner in (_TORCH, torch, Tensor, functional):
+            for owner in (_TORCH, Tensor, functional):
                 if (function := getattr(owner, over, None)) is not None:
                     found[function] = replace(like, describe=_in_place(like.describe))
     found[functional.embedding] = Repeatable(functional.embedding, "embedding", SAME, 1, _embedding, table=1)

@@ -63,13 +63,11 @@ def _collect(values: Any, depth: int, found: list[Tensor]) -> None:
             _collect(item, depth - 1, found)
 
 
-def picked_by(index: Tensor) -> Tensor:
-    """The tensor that PyG's ``Index`` wraps, a row of its ``EdgeIndex``, to pick by; any other as it is.
-
-    Autograd keeps the ``Index`` itself for what is picked, so it costs nothing to pick by it once more.
-    """
-    pyg = sys.modules.get("torch_geometric.index")
-    return index.as_tensor() if pyg is not None and isinstance(index, pyg.Index) else index
+def ordinary(tensor: Tensor) -> Tensor:
+    """The ordinary tensor that PyG's ``EdgeIndex`` wraps, or its ``Index``, a row of one; any other as it is."""
+    if type(tensor) is Tensor or (pyg := sys.modules.get("torch_geometric")) is None:
+        return tensor
+    return tensor.as_tensor() if isinstance(tensor, (pyg.Index, pyg.EdgeIndex)) else tensor
 
 
 def is_plain(tensor: Tensor) -> bool:

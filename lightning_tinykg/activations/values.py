@@ -21,6 +21,7 @@ from lightning_tinykg.activations.storages import (
     is_plain,
     is_users_weight,
     is_weight,
+    ordinary,
     storage_id,
     tensors_in,
 )
@@ -230,14 +231,14 @@ class Values:
             out: the op's result, or several.
             given: its arguments, with tensors among them.
         """
-        for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
+        for tensor in map(ordinary, tensors_in(out)):
             if tensor.requires_grad or not is_plain(tensor):
                 continue
             value = self.of(tensor)
             if value.users is not None:
                 continue
             storage = value.storage.cdata
-            shared = [t for t in tensors_in(given) if is_plain(t) and storage_id(t) == storage]
+            shared = [t for t in map(ordinary, tensors_in(given)) if is_plain(t) and storage_id(t) == storage]
             if all(t.requires_grad and not is_weight(t) for t in shared):
                 value.users = False
 

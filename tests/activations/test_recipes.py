@@ -13,6 +13,7 @@ import pytest
 import torch
 from comparing import assert_exact, codecs, compressed, gradients, made, weighted
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch_geometric import EdgeIndex
@@ -650,9 +651,9 @@ print([entry.codec for entry in ledger if entry.op == "Bmm.mat2"])
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_rows_are_picked_again_by_pygs_edge_index(bits: int) -> None:
-    """As by a tensor: its rows are tensors of a class of their own."""
-    conv, x = GATConv(WIDTH, WIDTH // 4, heads=4), table()
-    edge_index = EdgeIndex(torch.stack([SOURCE, TARGET]), sparse_size=(NODES, NODES)).sort_by("col").values
+    """As by a tensor, where it is not sorted: its rows are tensors of a class of their own."""
+    conv, x = GATConv(WIDTH, WIDTH // 4, heads=4, add_self_loops=False), table()
+    edge_index = EdgeIndex(torch.stack([SOURCE, TARGET]), sparse_size=(NODES, NODES))
     stored = []
     for edges in (edge_index, edge_index.as_tensor()):
         (want,) = gradients(lambda edges=edges: weighted(conv(x, edges)), [x])
@@ -660,6 +661,21 @@ def test_rows_are_picked_again_by_pygs_edge_index(bits: int) -> None:
         assert torch.equal(got, want) if bits == 32 else (got - want).norm() < 0.01 * want.norm()
         stored.append(ledger.stored_bytes)
     assert stored[0] <= stored[1]
+
+
+def test_an_edge_index_that_the_forward_made_is_coded_and_not_held() -> None:
+    """Nobody would pay for it otherwise: autograd keeps no index of features, which have no gradient."""
+    features, weight = table().detach(), torch.ones(WIDTH, requires_grad=True)
+    given = EdgeIndex(torch.stack([SOURCE, TARGET]), sparse_size=(NODES, NODES))
+    with compress_activations(32, min_bytes=0) as ledger:
+        twice = torch.cat([given, given], dim=1)
+        memory = StorageWeakRef(twice.as_tensor().untyped_storage())
+        loss = (features.index_select(0, twice[0]) * weight).sum()
+        del twice
+    assert memory.expired()
+    assert [entry.stored_bytes for entry in ledger if entry.op == "Mul.self index"] == [2 * EDGES]  # a byte each
+    loss.backward()
+    assert torch.allclose(weight.grad, 2 * features[SOURCE].sum(0), atol=1e-3)
 
 
 def test_what_is_too_much_work_to_compute_is_kept_for_what_is_picked_of_it() -> None:
