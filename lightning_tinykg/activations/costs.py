@@ -222,7 +222,7 @@ class Costs:
                 carries = LINEAR
             else:  # of two rounded elements the error is as large as they are, and their product may be smaller;
                 # in a plan of saves each has a width of its own
-                carries = EXACT if recipe.repeatable.product or self._widths.literal else SATURATES
+                carries = EXACT if recipe.repeatable.adds_up or self._widths.literal else SATURATES
         elif carries is ROWS:
             carries = LINEAR if first and self._is_by_rows(recipe, ingredient, max(least, 8)) else EXACT
         if self._widths.literal and carries is not EXACT:  # what that costs the gradient has been measured

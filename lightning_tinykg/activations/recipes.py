@@ -137,8 +137,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         passes = self.repeatable.passes
-        if self.repeatable.product:
-            passes += self.ingredients[0].layout.shape[-1] / FLOPS_PER_BYTE
+        if self.repeatable.adds_up is not None:
+            passes += self.repeatable.adds_up(*self.args) / FLOPS_PER_BYTE
         self.work = passes * self.nbytes
         if self.repeatable.reads:
             read = self.ingredients[-1]

@@ -153,9 +153,9 @@ def is_weight(tensor: Tensor) -> bool:
     """
     if is_parameter(tensor) or is_parameter(tensor._base):
         return True
-    node = tensor.grad_fn
-    if node is None:
-        return tensor.requires_grad
+    node, base = tensor.grad_fn, tensor._base
+    if node is None:  # a leaf, or a view that was taken while no graph is made, of what was computed
+        return tensor.requires_grad and (base is None or base.grad_fn is None)
     while node is not None:
         name = node_name(node)
         if name == "AccumulateGrad":

@@ -9,6 +9,7 @@ copy, and views.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ _IN_ORDER = frozenset({"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squee
 _PERMUTED = frozenset({"T", "Transpose", "Permute"})
 _MADE = frozenset({"ToCopy", "Clone"})
 """Nodes of views that keep the order of the elements, of views that do not, and of what makes a tensor anew."""
+
+_VIEWS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "Permute": lambda x, node: x.permute([_signed(dim) for dim in node._saved_dims]),
+    "Transpose": lambda x, node: x.transpose(_signed(node._saved_dim0), _signed(node._saved_dim1)),
+    "T": lambda x, node: x.t(),
+    "Unsqueeze": lambda x, node: x.unsqueeze(_signed(node._saved_dim)),
+}
+"""By node: the view that it was made by, of a tensor."""
 
 _STEPS = 8
 """Nodes between a save and an argument, at the most."""
@@ -55,8 +64,8 @@ def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[
     if place is None or not tensor.is_floating_point() or place >= len(node.next_functions):
         return None
     given = [argument for argument in tensors_in((args, kwargs)) if argument.is_floating_point()]
-    step = node.next_functions[place][0]
-    argument = _constant(op, attribute, args, made) if step is None else _origin(step, given)
+    step, output = node.next_functions[place]
+    argument = _constant(op, attribute, args, made) if step is None else _origin(step, output, given)
     if argument is None or not is_plain(argument) or argument.device != made.device:
         return None
     if storage_id(argument) == storage_id(made):  # nothing was made: it is the argument
@@ -74,22 +83,44 @@ def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[
     return COPIED, (argument, made.dtype, expanded, tuple(made.shape)), {}, made
 
 
-def _origin(step: Any, given: list[Tensor]) -> Tensor | None:
-    """The argument that something was cast or copied of, in order, by its place in the graph."""
+def _origin(step: Any, output: int, given: list[Tensor]) -> Tensor | None:
+    """The argument that something was cast or copied of, by its place in the graph; as a view in the copy's order."""
     copied = False
+    views: list[tuple[str, Any]] = []  # of the argument, from the copy on
     for _ in range(_STEPS):
         name = node_name(step)
         leaf = step.variable if name == "AccumulateGrad" else None
         for argument in given:
-            if argument.grad_fn is step or (leaf is not None and argument is leaf):
-                return argument if copied else None
-        copied = copied or name in _MADE
-        if name not in _MADE and name not in _IN_ORDER and (copied or name not in _PERMUTED):
+            # all parts of a chunk have one node
+            if (argument.grad_fn is step and argument.output_nr == output) or (leaf is not None and argument is leaf):
+                return _seen(argument, views) if copied else None
+        if name in _MADE:
+            if views:
+                return None
+            copied = True
+        elif views or name in _PERMUTED:
+            if copied:
+                views.append((name, step))
+        elif name not in _IN_ORDER:
             return None
-        step = step.next_functions[0][0]
+        step, output = step.next_functions[0]
         if step is None:
             return None
     return None
+
+
+def _seen(argument: Tensor, views: list[tuple[str, Any]]) -> Tensor | None:
+    """The argument as an op has seen it, through the views nearest to it last; None if one is not known."""
+    for name, node in reversed(views):
+        if name not in _VIEWS:
+            return None
+        argument = _VIEWS[name](argument, node)
+    return argument
+
+
+def _signed(dim: int) -> int:
+    """A dimension as it was given: autograd shows a negative one as an unsigned number of 64 bits."""
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def _constant(op: str, attribute: str, args: tuple[Any, ...], made: Tensor) -> Tensor | None:

@@ -37,7 +37,8 @@ def _linear(width: int = WIDTH) -> nn.Module:
 
 def _pairs(layer: Any, h: Tensor, model: RandomModel) -> Tensor:
     source, target = model.edges
-    return torch.zeros_like(h).index_add(0, target, layer(h[source] * h[target]))
+    products = layer(h[source] * h[target])
+    return products.new_zeros(h.shape).index_add(0, target, products)
 
 
 def _of_nodes(layer: Any, h: Tensor, _: RandomModel) -> Tensor:
@@ -52,6 +53,18 @@ def _of_edges(layer: Any, h: Tensor, model: RandomModel) -> Tensor:
 
 def _of_relations(layer: Any, h: Tensor, model: RandomModel) -> Tensor:
     out: Tensor = layer(h, model.edges, model.relations)
+    return out
+
+
+def _attention(layer: Any, h: Tensor, _: RandomModel) -> Tensor:
+    query, key, value = layer(h).view(len(h), 4, 3, -1).unbind(2)
+    weights = (torch.einsum("nhd,mhd->hnm", query, key) / query.size(-1) ** 0.5).softmax(-1)
+    return h + torch.einsum("hnm,mhd->nhd", weights, value).flatten(1)
+
+
+def _bilinear(layer: Any, h: Tensor, _: RandomModel) -> Tensor:
+    left, right = h.unflatten(1, (2, 4, 4)).unbind(1)
+    out: Tensor = layer(torch.bmm(left, right).flatten(1))
     return out
 
 
@@ -73,6 +86,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor, Any], Te
     "residual": (_linear, lambda layer, h, _: h + layer(h)),
     "beside the input": (lambda: _linear(2 * WIDTH), lambda layer, h, model: layer(torch.cat([h, model.h[0]], dim=1))),
     "products of pairs": (_linear, _pairs),
+    "attention": (lambda: nn.Linear(WIDTH, 3 * WIDTH), _attention),
+    "products of parts": (lambda: _linear(16), _bilinear),
 }
 
 
@@ -109,15 +124,16 @@ class RandomModel(nn.Module):
         user, liked, other = (out[rows] for rows in self.triples)
         return -F.logsigmoid((user * liked).sum(-1) - (user * other).sum(-1)).mean()
 
-    def step(self, bits: int | None) -> tuple[Tensor, int]:
+    def step(self, bits: int | None, mixed: bool = False) -> tuple[Tensor, int]:
         """The gradient of all parameters, and the bytes that are stored; uncompressed without ``bits``."""
         self.zero_grad()
-        if bits is None:
-            loss, stored = self(), 0
-        else:
-            with compress_activations(bits, min_bytes=0) as ledger:
-                loss = self()
-            stored = ledger.stored_bytes
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            if bits is None:
+                loss, stored = self(), 0
+            else:
+                with compress_activations(bits, min_bytes=0) as ledger:
+                    loss = self()
+                stored = ledger.stored_bytes
         loss.backward()
         return torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None]), stored
 

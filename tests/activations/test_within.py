@@ -86,6 +86,8 @@ CAST: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "einsum": (lambda a: torch.einsum("nd,de->ne", rows(a), SQUARE), ""),
     "the user's features": (lambda a: LINEAR(FEATURES) * rows(a), "Mm.self"),
     "scores": (lambda a: a.tanh() @ (a.sigmoid() * 2).t(), "Mm.mat2"),
+    "parts of one": (lambda a: torch.bmm(*rows(a)[:, None].unflatten(2, (2, 4, 4)).squeeze(1).unbind(1)), "Bmm.mat2"),
+    "chunks": (lambda a: torch.bmm(*rows(a).view(-1, 4, 8).chunk(2, -1)), ""),
     "a graph convolution": (lambda a: RELATIONS(a, torch.stack([SOURCE, TARGET]), SOURCE % 3), ""),
 }
 
@@ -97,6 +99,14 @@ COPIED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "a vector from the left": (lambda a: BIAS[:30] @ cube(a).transpose(0, 1), ""),
     "a matrix for each": (lambda a: cube(a)[:, :, None, None] @ MATRICES, "Bmm.mat2"),
     "rows for each matrix": (lambda a: cube(a).transpose(0, 1)[:, None] @ MATRICES, "Bmm.self"),
+    "einsum with a matrix of each head": (lambda a: torch.einsum("nd,kde->nke", rows(a), MATRICES), "Bmm.mat2"),
+    "einsum of rows' own matrices": (
+        lambda a: torch.einsum("nd,nkde->nke", rows(a)[:99], MATRICES[(SOURCE[:99] % 4)[:, None], :, :]), "Bmm.mat2"
+    ),
+    "einsum that adds up before it multiplies": (
+        lambda a: torch.einsum("nd,kdef->nke", rows(a), MATRICES.unflatten(2, (-1, 2))), ""
+    ),
+    "einsum over the edges": (lambda a: torch.einsum("bnd,bed->ne", cube(a), cube(a).exp()), "Bmm.self"),
     "in place, in another dtype": (lambda a: rows(a).bfloat16().add_(a[TARGET], alpha=2).exp().float(), ""),
     "in place on columns": (lambda a: (h := a[SOURCE], h[:, :5].mul_(a[TARGET][:, :5]))[0].exp(), ""),
     "in place on all as a view": (lambda a: (h := a[SOURCE], h.view(-1).mul_(2.0))[0].exp(), ""),
@@ -165,6 +175,19 @@ def test_a_copy_is_made_again(name: str) -> None:
     a = table()
     _, ledger = compressed(lambda: weighted(function(a)), [a], 32, recompute="aggressive")
     assert codecs(ledger, op) <= {"recipe", "gather"}, ledger.rows()
+
+
+def test_what_an_op_has_turned_and_cast_is_nobodys_weight() -> None:
+    """Seen in the order that the op saw it in, it has no history: so has a weight, which takes nothing to refer to."""
+    a = table()
+
+    def loss() -> Tensor:
+        return weighted(torch.einsum("bnd,bde,e->bne", cube(a), cube(a)[:, :WIDTH].erf(), BIAS))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        _, ledger = compressed(loss, [a], 8)
+    kept = {entry.codec for entry in ledger if entry.stored_bytes and entry.op.startswith("Bmm.mat2")}
+    assert kept == {"int8"}, ledger.rows()
 
 
 def test_what_was_changed_after_it_was_cast_is_not_what_it_was() -> None:
