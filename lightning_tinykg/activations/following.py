@@ -186,7 +186,7 @@ class Follower:
             needs = dict(zip(recipe.ingredients, widths, strict=True))
             args = self._argument(recipe.args, needs, entry, computed or recipe.computes_itself)
             op = recipe.repeatable.op
-            making = Making(op, args, recipe.kwargs, recipe.shape, recipe.dtype, recipe.autocast)
+            making = Making(op, args, recipe.kwargs, recipe.shape, recipe.stride, recipe.dtype, recipe.autocast)
             recipe.makings[widths] = weakref.ref(making)
         return Remade(making, layout)
 

@@ -100,7 +100,8 @@ class Recipe:
         ingredients: all tensors it starts from.
         value: the storage of what it made.
         version: the version of what it made.
-        shape: the shape of what it made, which was contiguous.
+        shape: the shape of what it made.
+        stride: its strides; None where it was contiguous.
         dtype: the dtype of what it made.
         nbytes: the bytes of what it made.
         autocast: the dtype of the autocast that it ran under; None if it ran under none.
@@ -122,6 +123,7 @@ class Recipe:
     value: Value
     version: int
     shape: tuple[int, ...]
+    stride: tuple[int, ...] | None
     dtype: torch.dtype
     nbytes: int
     autocast: torch.dtype | None
@@ -239,7 +241,7 @@ class RecipeBook:
             kwargs: its keyword arguments; no tensor among them.
             out: what it made, a plain tensor.
         """
-        if out.nbytes != out.untyped_storage().nbytes() or not out.is_contiguous():
+        if out.nbytes != out.untyped_storage().nbytes() or not Layout.of(out).dense:
             return
         value = self._values.of(out)
         if value.blurred:
@@ -273,6 +275,7 @@ class RecipeBook:
             value,
             out._version,
             out.shape,
+            None if out.is_contiguous() else out.stride(),
             out.dtype,
             out.nbytes,
             autocast,

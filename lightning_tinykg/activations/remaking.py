@@ -29,7 +29,8 @@ class Making:
         op: the op, called as in the forward.
         args: its arguments; what is kept stands for each tensor.
         kwargs: its keyword arguments.
-        shape: shape of what it makes, which is contiguous.
+        shape: shape of what it makes.
+        stride: its strides; None where it is contiguous.
         dtype: dtype of what it makes.
         autocast: dtype of the autocast that it runs under; None if it runs under none.
         saves: the saves that are views of it, and what is made from it in its turn.
@@ -41,6 +42,7 @@ class Making:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     shape: tuple[int, ...]
+    stride: tuple[int, ...] | None
     dtype: torch.dtype
     autocast: torch.dtype | None
     saves: int = 0
@@ -53,7 +55,7 @@ class Making:
         Returns:
             The tensor, and whether nobody else has it, so that it can be computed with in place.
         """
-        made = self._run(workspace) if self.made is None else self.made
+        made = self._in_order(self._run(workspace)) if self.made is None else self.made
         if self.saves < 2:
             return made, True
         self.asked += 1
@@ -62,6 +64,14 @@ class Making:
         elif self.made is None:
             workspace.hold(self, made)
         return made, False
+
+    def _in_order(self, made: Tensor) -> Tensor:
+        """As it lay: arguments that lie otherwise than they did, since they were rounded, give another order."""
+        if self.stride is None:
+            return made.contiguous()
+        if made.stride() == self.stride:
+            return made
+        return made.new_empty_strided(self.shape, self.stride).copy_(made)
 
     def _run(self, workspace: Workspace) -> Tensor:
         into, operands = _INTO.get(self.op), []
@@ -85,7 +95,8 @@ class Making:
         if device is not None and self.autocast != _autocast(device):
             with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
                 return self.op(*operands, **self.kwargs)
-        if into is None or self.kwargs or self.autocast is not None or not into.fits(*operands):
+        fits = into is not None and self.stride is None and not self.kwargs and self.autocast is None
+        if into is None or not fits or not into.fits(*operands):
             return self.op(*operands, **self.kwargs)
         if out is None:
             where = next(operand.device for operand in operands if isinstance(operand, Tensor))

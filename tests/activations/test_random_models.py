@@ -5,8 +5,9 @@ import torch
 from random_models import RandomModel, growth
 
 BITS = (8, 4, 2, 1)
-GROWTH = 0.5
-"""Fewer bits may store that much more, since what is made again is made of other tensors: of 300 models 0.3 at most."""
+GROWTH = 0.6
+"""Fewer bits may store that much more, since what is made again is made of other tensors: of 300 models 0.54 at most,
+of those without attention 0.3. Attention's weights are made again of queries and keys or of what both are made of."""
 
 
 def _check(seed: int) -> float:
@@ -24,9 +25,31 @@ def _check(seed: int) -> float:
     return growth(stored)
 
 
+def _check_mixed(seed: int) -> None:
+    """In mixed precision exact is exact, and 8 bits add less than mixed precision did, or a twentieth."""
+    model = RandomModel(seed)
+    full, _ = model.step(None)
+    want, _ = model.step(None, mixed=True)
+    exact, _ = model.step(32, mixed=True)
+    assert torch.equal(exact, want), model.names
+    got, _ = model.step(8, mixed=True)
+    assert (got - want).norm() < max(0.05 * want.norm(), (want - full).norm()), model.names
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_random_models(seed: int) -> None:
     _check(seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_models_in_mixed_precision(seed: int) -> None:
+    _check_mixed(seed)
+
+
+@pytest.mark.slow
+def test_many_random_models_in_mixed_precision() -> None:
+    for seed in range(10, 310):
+        _check_mixed(seed)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ from torch_geometric.utils import scatter, softmax
 
 from lightning_tinykg import BitPlan, Ledger, compress_activations
 from lightning_tinykg.activations import remaking
+from lightning_tinykg.activations.calling import not_in_the_result
 from lightning_tinykg.activations.costs import Cost, Costs
 from lightning_tinykg.activations.repeatable import Repeatable
 from lightning_tinykg.activations.values import Values
+from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.bits import PlanEntry
 
 NODES, EDGES, WIDTH = 200, 3000, 32
@@ -32,6 +35,7 @@ NODES, EDGES, WIDTH = 200, 3000, 32
 SOURCE = torch.randint(NODES, (EDGES,), generator=torch.Generator().manual_seed(0))
 TARGET = torch.randint(NODES, (EDGES,), generator=torch.Generator().manual_seed(1))
 ZEROS = torch.zeros(EDGES, 16, dtype=torch.int64)
+COLUMNS = torch.stack([SOURCE, TARGET, SOURCE + TARGET], 1) % WIDTH
 SOME, FEW = SOURCE[:100], TARGET[:100] * 7
 WEIGHT = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2)) / WIDTH**0.5)
 
@@ -89,6 +93,25 @@ CHAINS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "gathered": (lambda a, b: of_rows(a, b).gather(1, TARGET[:, None] % WIDTH + ZEROS).exp(), "Exp.result"),
     "slices": (lambda a, b: (a[SOURCE][:, :16] * b[TARGET][:, 16:]).exp(), "Exp.result"),
     "slices of what is computed": (lambda a, b: (of_rows(a, b)[:, ::2] - of_rows(a, b)[:, 1::2]).exp(), "Exp.result"),
+    "einsum": (lambda a, b: torch.einsum("nd,de->ne", a[SOURCE], WEIGHT).exp() * b[TARGET], "Exp.result"),
+    "einsum of a list": (lambda a, b: torch.einsum("ad,df", [a[SOURCE], WEIGHT]).exp() * b[TARGET], "Exp.result"),
+    "einsum of heads": (
+        lambda a, b: torch.einsum("nhd,hde->nhe", of_rows(a, b).view(-1, 4, 8), WEIGHT.view(4, 8, -1)[..., :8]).exp(),
+        "Exp.result",
+    ),
+    "one hot": (
+        lambda a, b: (a[SOURCE] * (F.one_hot(TARGET % WIDTH, WIDTH).float() * 0.9 + 0.1)).exp() * b[TARGET],
+        "Exp.result",
+    ),
+    "several hot": (
+        lambda a, b: (a[SOURCE] * torch.zeros(EDGES, WIDTH).scatter_(1, COLUMNS, 0.3)).exp() * b[TARGET], "Exp.result"
+    ),
+    "several hot beside the zeros": (
+        lambda a, b: (a[SOURCE] * torch.zeros(EDGES, WIDTH).scatter(1, COLUMNS, value=0.3)).exp() * b[TARGET],
+        "Exp.result",
+    ),
+    "picked at a place": (lambda a, b: (a.view(NODES, 4, -1)[SOURCE, 1] * b[None, TARGET, :8]).exp(), "Exp.result"),
+    "transposed": (lambda a, b: (a[SOURCE].t() * 2 + b[TARGET].t()).exp(), "Exp.result"),
     "a view of it": (lambda a, b: of_rows(a, b).view(EDGES, 4, -1).transpose(1, 2).exp(), "Exp.result"),
 }  # fmt: skip
 
@@ -105,6 +128,46 @@ def test_a_chain_is_made_again_with_the_same_bits(name: str) -> None:
     ledger = assert_exact(loss, [a, b, WEIGHT][: 3 if "WEIGHT" in function.__code__.co_names else 2], 32)
     if name != "a view of it":  # transposed: another kernel might run
         assert codecs(ledger, op) == {"recipe"}
+
+
+@pytest.mark.parametrize("stride", [None, (1, 3)])
+def test_what_is_made_of_what_lies_otherwise_lies_as_it_did(stride: tuple[int, ...] | None) -> None:
+    """Parts of rounded rows are restored in order, whatever order they were in."""
+    x = torch.randn(3, 5) if stride else torch.randn(5, 3).t()
+    making = remaking.Making(torch.square, (x,), {}, (3, 5), stride, x.dtype, None)
+    made_again, _ = making.run(Workspace())
+    assert made_again.stride() == (stride or (5, 1))
+    assert torch.equal(made_again, x.square())
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "count"),
+    [
+        ("nd,de->ne", ((3, 5), (5, 7)), 5),
+        ("nd, de", ((3, 5), (5, 7)), 5),
+        ("nhd,mhd->hnm", ((3, 4, 5), (7, 4, 5)), 5),
+        ("...d,kde->...ke", ((2, 3, 5), (4, 5, 7)), 5),
+        ("n...,nd->d...", ((2, 3, 5), (2, 7)), 2),
+        ("bij,bij->b", ((2, 3, 5), (2, 3, 5)), 15),
+        ("bi,bj->bij", ((2, 3), (2, 5)), 1),
+    ],
+)
+def test_the_work_of_an_einsum_is_what_it_adds_up(equation: str, shapes: tuple[Any, ...], count: int) -> None:
+    operands = [SimpleNamespace(layout=SimpleNamespace(shape=shape)) for shape in shapes]
+    assert not_in_the_result(equation, *operands) == count
+
+
+@pytest.mark.parametrize("function", [
+    lambda a: torch.zeros(NODES, WIDTH).scatter(1, COLUMNS[:NODES], a[:, :3]),  # of several one is left
+    lambda a: torch.ones(NODES, WIDTH).scatter(1, COLUMNS[:NODES], 0.3),
+    lambda a: torch.zeros(NODES, WIDTH).scatter(1, COLUMNS[:NODES], 0.3, reduce="add"),
+    lambda a: F.one_hot(SOURCE[:NODES] % WIDTH).float() * 0.9,  # of as many classes as there are
+    lambda a: torch.einsum("nd,de,ef->nf", a, WEIGHT, WEIGHT.exp()),
+])  # fmt: skip
+def test_what_is_not_made_again_has_a_code_of_its_own(function: Callable[[Tensor], Tensor]) -> None:
+    a = table()
+    ledger = assert_exact(lambda: weighted((made(a) * function(made(a))).exp()), [a, WEIGHT][:1], 32)
+    assert "recipe" not in codecs(ledger, "Mul.other"), ledger.rows()
 
 
 @pytest.mark.parametrize("bits", [32, 8, 2])
