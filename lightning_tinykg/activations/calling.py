@@ -150,11 +150,11 @@ def one_hot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
 
 
 def einsum(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """Of two operands: what more of them take depends on their order."""
+    """With its operands one by one, and no list of them."""
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    return ((equation, *operands), {}) if isinstance(equation, str) and len(operands) == 2 else None
+    return ((equation, *operands), {}) if isinstance(equation, str) else None
 
 
 def last_of_the_first(first: Any, *others: Any) -> int:
@@ -163,7 +163,7 @@ def last_of_the_first(first: Any, *others: Any) -> int:
 
 
 def not_in_the_result(equation: str, *operands: Any) -> int:
-    """The same for an ``einsum``: the dimensions that are in no result."""
+    """The same for an ``einsum``: the dimensions that are not in its result. Two by two, many operands take less."""
     given, arrow, result = equation.replace(" ", "").partition("->")
     sizes: dict[str, int] = {}
     for letters, operand in zip(given.split(","), operands, strict=True):

@@ -52,7 +52,8 @@ class Repeatable:
             added up, divided by :data:`FLOPS_PER_BYTE`.
         describe: the arguments to call it with again, all tensors in positional ones; None if it can't be repeated.
         reads: the work for what it reduces, in times that its last tensor's bytes are moved.
-        table: the position of the table that it gathers from, which is held until the result is gone.
+        table: the position of the table that it gathers from, or of the places that it marks, which are far smaller;
+            held until the result, and what is made of it, is gone.
         adds_up: for a matrix product: how many products each element is the sum of, by its arguments.
         row: for ``ROWS``: how many elements are normalized together, by its arguments; 0 if they are no row.
         any_order: whether it adds up rows in any order, where it is not told otherwise, on a GPU.
@@ -172,7 +173,7 @@ def _table() -> dict[Any, Repeatable]:
     add("mm matmul __matmul__ bmm", PRODUCT, 1, calling.folded(calling.as_called), adds_up=calling.last_of_the_first)
     product = Repeatable(torch.einsum, "einsum", PRODUCT, 1, calling.einsum, adds_up=calling.not_in_the_result)
     found[torch.einsum] = product
-    add("one_hot", SAME, 1, calling.one_hot)
+    add("one_hot", SAME, 1, calling.one_hot, table=0)
     add("gather take_along_dim", SAME, 1, table=0)
     for gathers in (INDEX_SELECT, Tensor.index_select):
         found[gathers] = Repeatable(INDEX_SELECT, "index_select", SAME, 1, calling.index_select, table=0)
@@ -184,7 +185,7 @@ def _table() -> dict[Any, Repeatable]:
         for adds in (getattr(_TORCH, name), getattr(Tensor, name), getattr(Tensor, f"{name}_")):
             found[adds] = repeatable
     for sets in (_TORCH.scatter, Tensor.scatter, Tensor.scatter_):
-        found[sets] = Repeatable(_set_to, "scatter", SAME, 1, calling.set_to, onto_zeros=True)
+        found[sets] = Repeatable(_set_to, "scatter", SAME, 1, calling.set_to, table=2, onto_zeros=True)
     found[functional.batch_norm] = Repeatable(functional.batch_norm, "batch_norm", EXACT, 4, calling.batch_norm)
     for name, writes in _WRITING.items():
         like = found[getattr(_TORCH, name, None) or getattr(functional, name)]
