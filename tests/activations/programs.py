@@ -149,6 +149,21 @@ def _dropped(a: Tensor) -> Tensor:
     return a * (torch.rand(a.shape, generator=generator) < 0.7) / 0.7
 
 
+def _products_of_parts(a: Tensor) -> Tensor:
+    first, second, third, fourth = a.unflatten(1, (4, 2, 2)).unbind(1)
+    return torch.cat([torch.bmm(first, second).flatten(1), torch.bmm(third, fourth).flatten(1), a[:, 8:]], 1)
+
+
+def _attention_of_parts(a: Tensor) -> Tensor:
+    query, key = a.chunk(2, 1)
+    weights = (torch.einsum("nd,md->nm", query, key) / 3).softmax(-1)
+    return torch.cat([torch.einsum("nm,md->nd", weights, key), query], 1)
+
+
+def _as_heads(a: Tensor) -> Tensor:
+    return a.reshape(a.shape[0], 4, -1)
+
+
 OPS: dict[str, Callable[[Graph, Tensor, Tensor], Tensor]] = {
     "relu": lambda g, a, b: F.relu(a),
     "leaky relu": lambda g, a, b: F.leaky_relu(a, 0.2),
@@ -216,6 +231,21 @@ OPS: dict[str, Callable[[Graph, Tensor, Tensor], Tensor]] = {
     "slices": lambda g, a, b: torch.cat([a[:, 8:].tanh(), a[:, :8] * 2], 1),
     "every other": lambda g, a, b: torch.cat([a[:, ::2].exp().clamp(max=5.0), a[:, 1::2].sigmoid()], 1),
     "split": lambda g, a, b: torch.cat([part.sigmoid() for part in a.split(4, 1)], 1),
+    "products of parts": lambda g, a, b: _products_of_parts(a),
+    "attention of parts": lambda g, a, b: _attention_of_parts(a),
+    "einsum of heads": lambda g, a, b: torch.einsum("nhd,nkd->nhk", _as_heads(a), _as_heads(b)).flatten(1),
+    "einsum of three": lambda g, a, b: torch.einsum("nd,de,ne->ne", a, g.weight, b),
+    "einsum by heads": lambda g, a, b: torch.einsum("nhd,hde->nhe", _as_heads(a), g.weight.view(4, 4, 16)).mean(1),
+    "heads in another order": lambda g, a, b: _as_heads(a).transpose(1, 2).reshape(a.shape[0], -1).tanh(),
+    "added in another order": lambda g, a, b: (a.t() + b.t()).tanh().t(),
+    "heads by heads": lambda g, a, b: (
+        (_as_heads(a).transpose(0, 1) * _as_heads(b).transpose(0, 1)).transpose(0, 1).flatten(1)
+    ),
+    "one hot": lambda g, a, b: a * (F.one_hot(b.detach().argmax(1), WIDTH).float() + 0.1),
+    "several hot": lambda g, a, b: a * torch.zeros(a.shape).scatter_(1, b.detach().topk(3, 1)[1], 2.0),
+    "picked at a place": lambda g, a, b: torch.cat(
+        [_as_heads(a)[torch.arange(a.shape[0]), i] for i in (2, 0, 1, 3)], 1
+    ),
     "expanded": lambda g, a, b: torch.tanh(a.unsqueeze(1).expand(-1, 2, -1) + b.unsqueeze(1)).mean(1),
     "complex product": lambda g, a, b: _real(_complex(a) * _complex(b)),
     "product with a conjugate": lambda g, a, b: _real(_complex(a) * _complex(b).conj()),

@@ -54,6 +54,23 @@ def _check(program: Sequence[Step]) -> None:
         assert torch.cat([(a - b).flatten() for a, b in zip(got, want, strict=True)]).norm() <= most * norm, bits
 
 
+def _check_mixed(program: Sequence[Step]) -> None:
+    """Exact mode is exact in mixed precision too."""
+    graph = Graph()
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return graph.run(program)
+
+    try:
+        want = gradients(loss, graph.parameters)
+    except RuntimeError:
+        reject()  # not every program runs in mixed precision: one op casts what another takes as it is
+    for recompute in ("cheap", "aggressive"):
+        got, _ = compressed(loss, graph.parameters, 32, recompute=recompute)
+        assert all(map(identical, got, want)), recompute
+
+
 @pytest.mark.parametrize("name", SEEN_TO_FAIL)
 def test_programs_that_failed(name: str) -> None:
     _check(SEEN_TO_FAIL[name])
@@ -75,3 +92,16 @@ def test_programs(program: list[Step]) -> None:
 @given(PROGRAMS)
 def test_many_programs(program: list[Step]) -> None:
     _check(program)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(PROGRAMS)
+def test_programs_in_mixed_precision(program: list[Step]) -> None:
+    _check_mixed(program)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(PROGRAMS)
+def test_many_programs_in_mixed_precision(program: list[Step]) -> None:
+    _check_mixed(program)
