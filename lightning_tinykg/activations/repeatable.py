@@ -212,8 +212,10 @@ FUSED_DROPOUT = Repeatable(_mask_and_scale, "dropout", LINEAR, 2, calling.as_cal
 """Dropout by its bool mask."""
 
 
-def _copied(x: Tensor, dtype: torch.dtype, expanded: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    return x.to(dtype).expand(expanded).reshape(shape).contiguous()
+def _copied(x: Tensor, dtypes: tuple[torch.dtype, ...], expanded: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    for dtype in dtypes:
+        x = x.to(dtype)
+    return x.expand(expanded).reshape(shape).contiguous()
 
 
 COPIED = Repeatable(_copied, "copy", SAME, 1, calling.as_called)

@@ -65,7 +65,7 @@ def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[
         return None
     given = [argument for argument in tensors_in((args, kwargs)) if argument.is_floating_point()]
     step, output = node.next_functions[place]
-    argument = _constant(op, attribute, args, made) if step is None else _origin(step, output, given)
+    argument, dtypes = _origin(step, output, given) if step is not None else (_constant(op, attribute, args, made), ())
     if argument is None or not is_plain(argument) or argument.device != made.device:
         return None
     if storage_id(argument) == storage_id(made):  # nothing was made: it is the argument
@@ -80,12 +80,18 @@ def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[
         expanded = (*torch.broadcast_shapes(*(x.shape[:-2] for x in given)), *expanded[-2:])
         if math.prod(expanded) != made.numel():
             return None
-    return COPIED, (argument, made.dtype, expanded, tuple(made.shape)), {}, made
+    return COPIED, (argument, dtypes or (made.dtype,), expanded, tuple(made.shape)), {}, made
 
 
-def _origin(step: Any, output: int, given: list[Tensor]) -> Tensor | None:
-    """The argument that something was cast or copied of, by its place in the graph; as a view in the copy's order."""
+def _origin(step: Any, output: int, given: list[Tensor]) -> tuple[Tensor | None, tuple[torch.dtype, ...]]:
+    """The argument that something was cast or copied of, by its place in the graph.
+
+    Returns:
+        The argument as a view in the copy's order, None if it is not known; and what it was cast to, one after another:
+        an attention in mixed precision casts to 16 bits, and what it got to 32.
+    """
     copied = False
+    dtypes: list[torch.dtype] = []
     views: list[tuple[str, Any]] = []  # of the argument, from the copy on
     for _ in range(_STEPS):
         name = node_name(step)
@@ -93,20 +99,21 @@ def _origin(step: Any, output: int, given: list[Tensor]) -> Tensor | None:
         for argument in given:
             # all parts of a chunk have one node
             if (argument.grad_fn is step and argument.output_nr == output) or (leaf is not None and argument is leaf):
-                return _seen(argument, views) if copied else None
+                return (_seen(argument, views) if copied else None), tuple(reversed(dtypes))
         if name in _MADE:
             if views:
-                return None
+                break
             copied = True
+            dtypes.append(step._input_metadata[0].dtype)
         elif views or name in _PERMUTED:
             if copied:
                 views.append((name, step))
         elif name not in _IN_ORDER:
-            return None
+            break
         step, output = step.next_functions[0]
         if step is None:
-            return None
-    return None
+            break
+    return None, ()
 
 
 def _seen(argument: Tensor, views: list[tuple[str, Any]]) -> Tensor | None:

@@ -83,6 +83,10 @@ CAST: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "layer norm": (lambda a: F.layer_norm(rows(a) @ SQUARE, (WIDTH,)), ""),
     "convolution": (lambda a: F.conv1d(cube(a).transpose(1, 2), SQUARE[:, :, None]), ""),
     "attention": (lambda a: F.scaled_dot_product_attention(cube(a), cube(a), cube(a)), ""),
+    "attention of others": (
+        lambda a: F.scaled_dot_product_attention(cube(a)[:, :8], cube(a)[:, 8:24], cube(a)[:, 24:40]),
+        "Bmm.mat2",
+    ),
     "einsum": (lambda a: torch.einsum("nd,de->ne", rows(a), SQUARE), ""),
     "the user's features": (lambda a: LINEAR(FEATURES) * rows(a), "Mm.self"),
     "scores": (lambda a: a.tanh() @ (a.sigmoid() * 2).t(), "Mm.mat2"),
@@ -212,7 +216,7 @@ def test_a_cast_to_integers_is_not_made_again() -> None:
 
 def test_a_copy_is_in_order_where_there_is_nothing_to_cast() -> None:
     x = torch.randn(3, 4).t()
-    copied = COPIED_OP.op(x, x.dtype, tuple(x.shape), tuple(x.shape))
+    copied = COPIED_OP.op(x, (x.dtype,), tuple(x.shape), tuple(x.shape))
     assert copied.is_contiguous()
     assert torch.equal(copied, x)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -135,6 +135,16 @@ class Report:
             mine.needs |= kept.needs
         for bits, error in other.errors.items():
             self.errors[bits] = max(self.errors.get(bits, 0.0), error)
+
+
+def in_mixed_precision(case: Case) -> Case:
+    """The same, its forward under autocast to bfloat16."""
+
+    def forward(*module: nn.Module) -> Any:
+        with torch.autocast(case.leaves[0].device.type, torch.bfloat16):
+            return case.forward(*module)
+
+    return replace(case, forward=forward)
 
 
 def check(case: Case, widths: Sequence[int] = WIDTHS, z_tests: Sequence[int] = WIDTHS) -> Report:

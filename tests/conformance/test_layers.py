@@ -4,7 +4,7 @@ The fast sample are the layers that are used most; ``-m slow`` are all of them, 
 """
 
 import pytest
-from checking import WIDTHS, Report, check
+from checking import WIDTHS, Report, check, in_mixed_precision
 from layers import CASES, DATABASE, FAMILIES, case, samples
 
 SAMPLED = {
@@ -47,6 +47,13 @@ def test_every_public_name_has_a_case_or_a_reason(place: str) -> None:
 @pytest.mark.parametrize("name", [f"{place}.{name}" for place, names in SAMPLED.items() for name in names])
 def test_fast_sample(name: str) -> None:
     verify(check(case(name), z_tests=()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_layer_is_exact_in_mixed_precision(name: str) -> None:
+    """A few refuse it."""
+    assert check(in_mixed_precision(case(name)), widths=(32,), z_tests=()).failures == []
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
-from checking import Report, check
+from checking import Report, check, in_mixed_precision
 from operators import NAMES, cases, check_operator
 
 SAMPLED = 40
@@ -22,6 +22,18 @@ def test_fast_sample(part: int, sample: int) -> None:
     for name in NAMES[part::SAMPLED]:
         for case in islice(cases(name, torch.float32), sample, sample + 1):
             report.add(check(case, widths=FAST_WIDTHS, z_tests=()))
+    assert report.failures == []
+    assert report.steps > 0
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("part", range(SAMPLED))
+def test_exact_in_mixed_precision(part: int, count: int) -> None:
+    """What an op casts for itself is to the last bit what it was; many ops refuse to be mixed."""
+    report = Report()
+    for name in NAMES[part::SAMPLED]:
+        for case in islice(cases(name, torch.float32), count):
+            report.add(check(in_mixed_precision(case), widths=(32,), z_tests=()))
     assert report.failures == []
     assert report.steps > 0
 
