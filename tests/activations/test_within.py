@@ -85,7 +85,7 @@ CAST: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "attention": (lambda a: F.scaled_dot_product_attention(cube(a), cube(a), cube(a)), ""),
     "attention of others": (
         lambda a: F.scaled_dot_product_attention(cube(a)[:, :8], cube(a)[:, 8:24], cube(a)[:, 24:40]),
-        "Bmm.mat2",
+        "",
     ),
     "einsum": (lambda a: torch.einsum("nd,de->ne", rows(a), SQUARE), ""),
     "the user's features": (lambda a: LINEAR(FEATURES) * rows(a), "Mm.self"),
