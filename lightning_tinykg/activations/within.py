@@ -70,7 +70,7 @@ def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[
         return None
     if storage_id(argument) == storage_id(made):  # nothing was made: it is the argument
         return None
-    if argument.shape == made.shape and not made.is_contiguous():  # a transposed one is cast as it lies
+    if argument.shape == made.shape and not made.is_contiguous():  # cast as it lies, or it would be turned twice
         order = sorted(range(made.dim()), key=made.stride, reverse=True)
         argument, made = argument.permute(order), made.permute(order)
     expanded = tuple(argument.shape)

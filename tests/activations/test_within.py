@@ -192,12 +192,11 @@ def test_what_an_op_has_turned_and_cast_is_nobodys_weight() -> None:
     """Seen in the order that the op saw it in, it has no history: so has a weight, which takes nothing to refer to."""
     a = table()
 
-    def loss() -> Tensor:
-        return weighted(torch.einsum("bnd,bde,e->bne", cube(a), cube(a)[:, :WIDTH].erf(), BIAS))
-
     with torch.autocast("cpu", torch.bfloat16):
-        _, ledger = compressed(loss, [a], 8)
-    kept = {entry.codec for entry in ledger if entry.stored_bytes and entry.op.startswith("Bmm.mat2")}
+        _, ledger = compressed(
+            lambda: weighted(torch.tensordot(cube(a)[:, :WIDTH].erf(), SQUARE, dims=([1], [0]))), [a], 8
+        )
+    kept = {entry.codec for entry in ledger if entry.stored_bytes and entry.op.startswith("Mm.self")}
     assert kept == {"int8"}, ledger.rows()
 
 
