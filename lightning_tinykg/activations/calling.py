@@ -1,4 +1,7 @@
-"""How to call an op again: by what it was called with, with all tensors in positional arguments."""
+"""How to call an op again: by what it was called with, with all tensors in positional arguments.
+
+And what these tell of the call: how many elements are normalized together, how many products are added up.
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_tinykg.activations import calling
+from lightning_tinykg.activations.storages import storage_id
 
 _TORCH = torch._C._VariableFunctions
 """What ``torch`` was made of: PyG puts an ``index_select`` of its own in there, which calls this one."""
@@ -213,9 +214,12 @@ FUSED_DROPOUT = Repeatable(_mask_and_scale, "dropout", LINEAR, 2, calling.as_cal
 
 
 def _copied(x: Tensor, dtypes: tuple[torch.dtype, ...], expanded: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    made = x
     for dtype in dtypes:
-        x = x.to(dtype)
-    return x.expand(expanded).reshape(shape).contiguous()
+        made = made.to(dtype)
+    made = made.expand(expanded).reshape(shape).contiguous()
+    # what is made again may be computed with in place, and what it is made of may be the user's
+    return made.clone() if storage_id(made) == storage_id(x) else made
 
 
 COPIED = Repeatable(_copied, "copy", SAME, 1, calling.as_called)

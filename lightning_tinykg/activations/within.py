@@ -105,10 +105,9 @@ def _origin(step: Any, output: int, given: list[Tensor]) -> tuple[Tensor | None,
                 break
             copied = True
             dtypes.append(step._input_metadata[0].dtype)
-        elif views or name in _PERMUTED:
-            if copied:
-                views.append((name, step))
-        elif name not in _IN_ORDER:
+        elif copied and (views or name in _PERMUTED):
+            views.append((name, step))
+        elif name not in _IN_ORDER and name not in _PERMUTED:
             break
         step, output = step.next_functions[0]
         if step is None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from comparing import compressed, gradients, identical
+from comparing import Loss, compressed, gradients, identical
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from programs import OPS, Graph, Step
@@ -31,6 +31,12 @@ SEEN_TO_FAIL = {
 }
 
 
+def _assert_exact(loss: Loss, graph: Graph, want: Sequence[torch.Tensor]) -> None:
+    for recompute in ("cheap", "aggressive", "off"):
+        got, _ = compressed(loss, graph.parameters, 32, recompute=recompute)
+        assert all(map(identical, got, want)), recompute
+
+
 def _check(program: Sequence[Step]) -> None:
     graph = Graph()
 
@@ -43,9 +49,7 @@ def _check(program: Sequence[Step]) -> None:
         if "inplace operation" not in str(error):
             raise
         reject()  # a plain backward refuses some that write in place
-    for recompute in ("cheap", "aggressive", "off"):
-        got, _ = compressed(loss, graph.parameters, 32, recompute=recompute)
-        assert all(map(identical, got, want)), recompute
+    _assert_exact(loss, graph, want)
     if not all(torch.isfinite(gradient).all() for gradient in want):
         return
     norm = torch.cat([gradient.flatten() for gradient in want]).norm()
@@ -66,9 +70,7 @@ def _check_mixed(program: Sequence[Step]) -> None:
         want = gradients(loss, graph.parameters)
     except RuntimeError:
         reject()  # not every program runs in mixed precision: one op casts what another takes as it is
-    for recompute in ("cheap", "aggressive"):
-        got, _ = compressed(loss, graph.parameters, 32, recompute=recompute)
-        assert all(map(identical, got, want)), recompute
+    _assert_exact(loss, graph, want)
 
 
 @pytest.mark.parametrize("name", SEEN_TO_FAIL)
@@ -81,27 +83,16 @@ def test_each_op_after_another(name: str) -> None:
     _check([Step("linear", False, 0, 0), Step(name, False, 0, 1), Step("linear", True, 0, 0), Step(name, True, 0, 1)])
 
 
+@pytest.mark.parametrize("check", [_check, _check_mixed])
 @settings(max_examples=60, deadline=None, derandomize=True)  # the same in each run: a gate is no place to search
-@given(PROGRAMS)
-def test_programs(program: list[Step]) -> None:
-    _check(program)
+@given(program=PROGRAMS)
+def test_programs(check: Callable[[Sequence[Step]], None], program: list[Step]) -> None:
+    check(program)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("check", [_check, _check_mixed])
 @settings(max_examples=2000, deadline=None)
-@given(PROGRAMS)
-def test_many_programs(program: list[Step]) -> None:
-    _check(program)
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(PROGRAMS)
-def test_programs_in_mixed_precision(program: list[Step]) -> None:
-    _check_mixed(program)
-
-
-@pytest.mark.slow
-@settings(max_examples=2000, deadline=None)
-@given(PROGRAMS)
-def test_many_programs_in_mixed_precision(program: list[Step]) -> None:
-    _check_mixed(program)
+@given(program=PROGRAMS)
+def test_many_programs(check: Callable[[Sequence[Step]], None], program: list[Step]) -> None:
+    check(program)

@@ -191,7 +191,6 @@ def test_a_copy_is_made_again(name: str) -> None:
 def test_what_an_op_has_turned_and_cast_is_nobodys_weight() -> None:
     """Seen in the order that the op saw it in, it has no history: so has a weight, which takes nothing to refer to."""
     a = table()
-
     with torch.autocast("cpu", torch.bfloat16):
         _, ledger = compressed(
             lambda: weighted(torch.tensordot(cube(a)[:, :WIDTH].erf(), SQUARE, dims=([1], [0]))), [a], 8
@@ -225,6 +224,13 @@ def test_a_copy_is_in_order_where_there_is_nothing_to_cast() -> None:
     copied = COPIED_OP.op(x, (x.dtype,), tuple(x.shape), tuple(x.shape))
     assert copied.is_contiguous()
     assert torch.equal(copied, x)
+
+
+def test_a_copy_of_what_lies_in_order_is_no_alias() -> None:
+    """It may be computed with in place."""
+    x = torch.randn(3, 4)
+    COPIED_OP.op(x, (x.dtype,), (3, 4), (4, 3)).zero_()
+    assert x.count_nonzero() == 12
 
 
 @pytest.mark.parametrize("given", [(F.relu, ()), (F.silu, ()), (F.mish, ()), (F.elu, (1.0,)), (F.celu, (1.0,)),
