@@ -11,10 +11,10 @@ seed's model, of a width for each component and degree, the same in all layers: 
 whose validation Recall@20 is within `--tolerance` of full precision's, or the nearest to it if none is. Each line of
 the table is tested once.
 
-The hyper-parameters are those of `examples/configs/*-music.yaml`, chosen on music; the split is the same for all runs,
-the seed decides initialisation. LightGCN propagates by a sparse matrix, but edge by edge while its layers are
-quantized; fine-tuning it on a graph as dense as ml-1m's takes correspondingly longer, hence `--ways` above. A finished
-run is a line in `OUT/results.jsonl` and is not repeated, so an interrupted call can simply be made again.
+The hyper-parameters are those of `examples/configs` (`MODEL-SET.yaml`, else `MODEL-music.yaml`); the split is the same
+for all runs, the seed decides initialisation. LightGCN propagates by a sparse matrix, but edge by edge while its layers
+are quantized; fine-tuning it on a graph as dense as ml-1m's takes correspondingly longer, hence `--ways` above. A
+finished run is a line in `OUT/results.jsonl` and is not repeated, so an interrupted call can simply be made again.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from reporting import WATCHED, Report, quiet_trainer, silence, spread
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from tinykg_runs import Case
 
 from lightning_tinykg import KGAT, AutoBitSelector, BitPlan, KGRecDataModule, LightGCN, SearchSpace
 from lightning_tinykg.bits.front import NothingWithin
 from lightning_tinykg.sgquant import SGQuantCallback, SGQuantizer, topologywise, uniform
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {"lightgcn": LightGCN, "kgat": KGAT}
 WAYS = ("post-training", "fine-tuned")
 WIDTHS = (1, 2, 3, 4, 6, 8)
@@ -56,7 +56,7 @@ def plans(args: argparse.Namespace) -> dict[str, BitPlan]:
 
 def settings(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a result depends on, besides model, plan, way and seed."""
-    config = yaml.safe_load((CONFIGS / f"{kind}-music.yaml").read_text())
+    config = yaml.safe_load(Case(kind, Path(args.data).name).config.read_text())
     data = {name: value for name, value in config["data"]["init_args"].items() if name != "root"}
     if args.batch_size is not None:
         data["batch_size"] = args.batch_size
