@@ -70,7 +70,7 @@ class Repeatable:
     describe: calling.Describe
     reads: float = 0
     table: int | None = None
-    adds_up: Callable[..., int] | None = None
+    adds_up: Callable[..., float] | None = None
     row: Callable[..., int] | None = None
     any_order: bool = False
     onto_zeros: bool = False

@@ -185,6 +185,7 @@ RULES: dict[str, _Rules] = {
     "Lerp": {"weight": LINEAR, "self": LINEAR, "end": LINEAR},
     "Mm": _MATRIX_PRODUCT,
     "Bmm": _MATRIX_PRODUCT,
+    "GroupedMm": _MATRIX_PRODUCT,
     "Mv": {"self": LINEAR, "vec": LINEAR},
     "Addmm": {"mat1": LINEAR, "mat2": LINEAR},
     "Addmv": {"mat": LINEAR, "vec": LINEAR},

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.utils import softmax
 
+from lightning_tinykg.models.grouped import grouped_matmul
+
 __all__ = ["RelationGroups", "RelationalAttention"]
 
 # Edges scored at a time where no gradient is wanted: 2^16 edges of 64 floats are 16 MiB, which malloc can use again.
@@ -94,22 +96,6 @@ class RelationalAttention(nn.Module):
         for matrix in self.transform.data:
             nn.init.xavier_uniform_(matrix)
 
-    def project(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """`W_r e` for rows that are grouped by relation.
-
-        PyG's `HeteroLinear` does the same, but without pyg-lib it writes slices in place, whose backward copies the
-        whole gradient once a relation.
-
-        Args:
-            rows: `[P, dim]`, sorted by relation.
-            counts: Rows of each relation; they sum to `P`.
-
-        Returns:
-            `[P, relation_dim]`.
-        """
-        parts = zip(torch.split(rows, counts), self.transform.unbind(), strict=True)
-        return torch.cat([part @ matrix for part, matrix in parts])
-
     def forward(self, x: Tensor, groups: RelationGroups) -> Tensor:
         """Attention of every edge.
 
@@ -120,8 +106,8 @@ class RelationalAttention(nn.Module):
         Returns:
             `[E]`, positive, summing to 1 over the edges that arrive at a node.
         """
-        tail = self.project(x.index_select(0, groups.tail_node), groups.tail_count)
-        head = self.project(x.index_select(0, groups.head_node), groups.head_count)
+        tail = grouped_matmul(x.index_select(0, groups.tail_node), self.transform, groups.tail_count)
+        head = grouped_matmul(x.index_select(0, groups.head_node), self.transform, groups.head_count)
         head = (head + self.relation(groups.head_relation)).tanh()
         # index_select rather than x[index]: the same rows, twice as fast on a CPU
         size = groups.target.numel() if torch.is_grad_enabled() else _CHUNK
@@ -132,20 +118,21 @@ class RelationalAttention(nn.Module):
         return weight
 
     def translate(
-        self, head: Tensor, relation: Tensor, tail: Tensor, corrupted: Tensor
+        self, embedding: nn.Embedding, head: Tensor, relation: Tensor, tail: Tensor, corrupted: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Head, relation, tail and corrupted tail in their relation's space, sorted by relation.
+        """Head, relation, tail and corrupted tail of triples in their relation's space, sorted by relation.
 
         Args:
-            head: `[B, dim]`.
+            embedding: The node table, `[N, dim]`.
+            head: Nodes, int64 `[B]`.
             relation: int64 `[B]`.
-            tail: `[B, dim]`.
-            corrupted: `[B, dim]`.
+            tail: Nodes, int64 `[B]`.
+            corrupted: Nodes, int64 `[B]`.
 
         Returns:
             `W_r e_h`, `e_r`, `W_r e_t`, `W_r e_t'`, each `[B, relation_dim]`, row for row of the same triple.
         """
         relation, order = relation.sort(stable=True)
         counts = relation.bincount(minlength=self.transform.size(0)).tolist()
-        head, tail, corrupted = (self.project(rows[order], counts) for rows in (head, tail, corrupted))
-        return head, self.relation(relation), tail, corrupted
+        h, t, c = (grouped_matmul(embedding(node[order]), self.transform, counts) for node in (head, tail, corrupted))
+        return h, self.relation(relation), t, c

@@ -252,8 +252,8 @@ class KGAT(RankingModule):
         """The TransR loss of a `TripleBatch`; the ranking loss of any other."""
         if not isinstance(batch, TripleBatch):
             return super().training_step(batch, batch_idx)
-        x, attention = self.embedding, cast(RelationalAttention, self.attentions[0])
-        rows = attention.translate(x(batch.head), batch.relation, x(batch.tail), x(batch.corrupted))
+        attention = cast(RelationalAttention, self.attentions[0])
+        rows = attention.translate(self.embedding, batch.head, batch.relation, batch.tail, batch.corrupted)
         head, relation, tail, corrupted = rows
         translated = head + relation
         gap = (translated - tail).square().sum(dim=-1) - (translated - corrupted).square().sum(dim=-1)

@@ -290,6 +290,27 @@ def test_of_all_that_are_asked_for_together_each_is_made_once(monkeypatch: pytes
     assert set(runs.values()) == {1}
 
 
+@pytest.mark.parametrize("bits", [32, 8, 2])
+def test_what_starts_from_the_users_alone_is_made_once_at_whatever_widths(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A difference asks for it exactly, the square of it for a few bits: it is exact for both."""
+    runs: list[Any] = []
+    run = remaking.Making._run
+
+    def counted(self: remaking.Making, workspace: Any) -> Tensor:
+        runs.append(self.op)
+        return run(self, workspace)
+
+    monkeypatch.setattr(remaking.Making, "_run", counted)
+    a, b = table(), torch.randn(WIDTH, WIDTH, requires_grad=True)
+    with compress_activations(bits):
+        rows = a[SOURCE] @ b
+        loss = weighted(rows.square()) + weighted((rows - a[TARGET]).square())
+    loss.backward()
+    assert sum(op.__name__ in ("matmul", "__matmul__") for op in runs) == 1
+
+
 def of_a_linear(sums: Tensor) -> Tensor:
     return torch.tanh(sums) * sums
 

@@ -9,6 +9,8 @@ from comparing import codecs, compressed, gradients, made, weighted
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_tinykg.models.grouped import grouped_matmul
+
 DRAWS = 240
 ROWS, WIDTH = 24, 32
 DIRECTIONS = 16
@@ -66,8 +68,18 @@ LINEAR: dict[str, tuple[Op, str]] = {
     "conv2d": (lambda a, b, c: F.conv2d(a.view(1, 3, 16, 16), b.view(-1)[:54].view(2, 3, 3, 3)), "Convolution.input"),
     "gather": (lambda a, b, c: a[INDEX] * b[INDEX], ""),
     "message": (lambda a, b, c: torch.zeros_like(a).index_add(0, INDEX, a[INDEX] * b[INDEX]) @ c.t(), "Mm.self"),
+    "grouped matmul": (
+        lambda a, b, c: grouped_matmul(a, b.view(3, WIDTH, 8), [10, 0, 14]),
+        "GeneratedBackwardFor_tinykg_grouped_matmul_default.tensors",
+    ),
     "two layers": (lambda a, b, c: F.leaky_relu(F.leaky_relu(a @ b.t(), 0.1) @ c, 0.1), "Mm.self"),
 }  # fmt: skip
+if hasattr(F, "grouped_mm"):  # since PyTorch 2.10; not in double precision
+    ENDS = torch.tensor([10, 10, ROWS], dtype=torch.int32)
+    LINEAR["grouped mm"] = (
+        lambda a, b, c: F.grouped_mm(a.float(), b.float().view(3, WIDTH, 8), offs=ENDS).double(),
+        "GroupedMm.self",
+    )
 
 
 CHAINS = ("einsum", "two layers", "message", "complex product", "product with a conjugate")
