@@ -210,8 +210,6 @@ class Costs:
 
     def _needed(self, recipe: Recipe, ingredient: Ingredient, least: int) -> int:
         carries = recipe.repeatable.carries
-        if not ingredient.rounds:  # so what is made of it at one width is made for all
-            return 32
         if least == 32 or carries is SAME:
             return least
         first = ingredient is recipe.args[0]

@@ -180,15 +180,24 @@ class Follower:
         """Keep all that a recipe starts from; every save of what it makes follows it together."""
         widths = self._costs.needs(recipe, least)
         # where it is asked for what is rounded, each save follows for itself, so that its place is noted
-        noted = recipe.makings.get(widths) if self._forms.rounded is None else None
-        making = None if noted is None else noted()
+        making = self._noted(recipe, widths) if self._forms.rounded is None else None
         if making is None:
             needs = dict(zip(recipe.ingredients, widths, strict=True))
             args = self._argument(recipe.args, needs, entry, computed or recipe.computes_itself)
             op = recipe.repeatable.op
             making = Making(op, args, recipe.kwargs, recipe.shape, recipe.stride, recipe.dtype, recipe.autocast)
-            recipe.makings[widths] = weakref.ref(making)
+            recipe.makings[() if making.exact else widths] = weakref.ref(making)
         return Remade(making, layout)
+
+    @staticmethod
+    def _noted(recipe: Recipe, widths: tuple[int, ...]) -> Making | None:
+        """How it is made again for another save: to the last bit, or of the same widths."""
+        for key in ((), widths):
+            noted = recipe.makings.get(key)
+            making = None if noted is None else noted()
+            if making is not None:
+                return making
+        return None
 
     def _argument(self, argument: Any, needs: dict[Ingredient, int], entry: Entry, computed: bool) -> Any:
         """What is kept in an argument's place: of tensors a form, of tuples what is in them, all else itself."""

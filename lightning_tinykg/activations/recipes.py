@@ -58,11 +58,6 @@ class Ingredient:
     free: bool
 
     @property
-    def rounds(self) -> bool:
-        """Whether it may be rounded: a float that is not the user's, nor made of what is."""
-        return self.floating and not self.free and (self.recipe is None or self.recipe.rounds)
-
-    @property
     def lingers(self) -> bool:
         """Whether it would be gone, were it not held for a finer code."""
         return self.find() is None and self.value.raw is not None
@@ -112,12 +107,12 @@ class Recipe:
         autocast: the dtype of the autocast that it ran under; None if it ran under none.
         repeats: whether the op makes the same bits of the same arguments.
         steady: whether it does, and what its arguments are made by.
-        makings: by the widths of its ingredients: how it is made again, where a save asks for that.
+        makings: by the widths of its ingredients: how it is made again, where a save asks for that; by none: how to the
+            last bit, which serves all.
         needs: the widths of its ingredients, by what is asked of it.
         work: the bytes that are moved to run the op again, or the time of a matrix product in these.
         computes: whether it, or what it starts from, is more than a gather.
         computes_itself: whether it is.
-        rounds: whether any of what it starts from may be rounded; if not, it is exact, however little is asked of it.
         to_the_bit: what :meth:`as_it_was` has given.
         bare: the same, where none of what it starts from is held.
     """
@@ -140,7 +135,6 @@ class Recipe:
     work: float = field(init=False)
     computes: bool = field(init=False)
     computes_itself: bool = field(init=False)
-    rounds: bool = field(init=False)
     to_the_bit: Recipe | None = field(init=False, default=None)
     bare: Recipe | None = field(init=False, default=None)
 
@@ -155,7 +149,6 @@ class Recipe:
         made = [i.recipe for i in self.ingredients if i.recipe is not None]
         self.computes_itself = self.repeatable.carries is not SAME
         self.computes = self.computes_itself or any(recipe.computes for recipe in made)
-        self.rounds = any(i.rounds for i in self.ingredients)
 
     def makes(self, dtype: torch.dtype, version: int) -> bool:
         """Whether it makes the elements of its storage as they are seen, and as they were at that version."""

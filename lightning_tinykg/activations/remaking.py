@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Making:
         saves: the saves that are views of it, and what is made from it in its turn.
         asked: how many of them had it in this backward.
         made: what it made, while it is held.
+        exact: whether nothing that it is made of is rounded.
     """
 
     op: Callable[..., Tensor]
@@ -48,6 +49,10 @@ class Making:
     saves: int = 0
     asked: int = 0
     made: Tensor | None = None
+    exact: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.exact = _is_exact(self.args)
 
     def run(self, workspace: Workspace) -> tuple[Tensor, bool]:
         """Make the tensor.
@@ -103,6 +108,14 @@ class Making:
             out = workspace.empty(self.shape, dtype=self.dtype, device=where)
         into.run(*operands, out=out)
         return out
+
+
+def _is_exact(argument: Any) -> bool:
+    if isinstance(argument, tuple):
+        return all(_is_exact(item) for item in argument)
+    if isinstance(argument, Remade):
+        return argument.making.exact
+    return not isinstance(argument, Coded) or argument.record.bits == 32
 
 
 def _places(items: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
