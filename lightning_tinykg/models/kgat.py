@@ -15,6 +15,7 @@ from lightning_tinykg.data.batches import TripleBatch
 from lightning_tinykg.data.graph import collaborative_graph
 from lightning_tinykg.models.attention import RelationalAttention, RelationGroups
 from lightning_tinykg.models.base import RankingModule, half_squared_norm
+from lightning_tinykg.models.propagation import SortedEdges, SparseMatrix, is_watched, propagate
 
 __all__ = ["KGAT", "Aggregator", "Attention", "KGATConv"]
 
@@ -61,18 +62,23 @@ class KGATConv(MessagePassing):  # type: ignore[misc]  # PyG is untyped here
                 nn.init.xavier_uniform_(lin.weight)
                 nn.init.zeros_(lin.bias)
 
-    def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor, matrix: SparseMatrix | None = None) -> Tensor:
         """Propagate once.
 
         Args:
             x: `[N, in_channels]`.
             edge_index: int64 `[2, E]`, row 0 the source, row 1 the receiver.
             edge_weight: `[E]`.
+            matrix: The same edges and weights as a matrix, which takes a fraction of the time, if the weights need no
+                gradient and nobody has hooks in this layer to see its edges.
 
         Returns:
             `[N, out_channels]`.
         """
-        neighbours = self.propagate(edge_index, x=x, edge_weight=edge_weight)
+        if matrix is None or is_watched(self, KGATConv):
+            neighbours = self.propagate(edge_index, x=x, edge_weight=edge_weight)
+        else:
+            neighbours = propagate(x, matrix)
         if self.aggregator == "concat":
             out = F.leaky_relu(self.lin(torch.cat([x, neighbours], dim=-1)), 0.2)
         else:
@@ -172,6 +178,8 @@ class KGAT(RankingModule):
         self.dim, self.layer_dims, self.relation_dim = dim, tuple(layer_dims), relation_dim
         self.aggregator, self.attention, self.dropout, self.triple_l2 = aggregator, attention, dropout, triple_l2
         self.groups: RelationGroups | None = None
+        self.edges: SortedEdges | None = None
+        self._matrix: tuple[Tensor, int, SparseMatrix] | None = None  # of these weights, at this version
         self.edge_index: Tensor | None
         self.edge_weight: Tensor | None
         self.register_buffer("edge_index", None, persistent=False)
@@ -192,6 +200,7 @@ class KGAT(RankingModule):
         graph = collaborative_graph(data).to(self.device)
         self.edge_index = graph.edge_index
         self.groups = self._group(graph)
+        self.edges = None if self.attention == "in-graph" else SortedEdges(graph.edge_index, graph.num_nodes)
         self.edge_weight = self.groups.relation_mean() if self.attention == "frozen" else None
 
     @staticmethod
@@ -209,12 +218,19 @@ class KGAT(RankingModule):
         weight: Tensor = self.attentions[0](x, groups)
         return weight
 
-    def propagate(self, x: Tensor, edge_index: Tensor, groups: RelationGroups, edge_weight: Tensor | None) -> Tensor:
+    def propagate(
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        groups: RelationGroups,
+        edge_weight: Tensor | None,
+        matrix: SparseMatrix | None = None,
+    ) -> Tensor:
         """All layers: `[N, dim]` to `[N, dim + sum(layer_dims)]`; without `edge_weight` each layer computes its own."""
         outputs = [x]
         for index, conv in enumerate(self.convs):
             weight = self.attentions[index](x, groups) if edge_weight is None else edge_weight
-            x = conv(x, edge_index, weight)
+            x = conv(x, edge_index, weight, matrix)
             outputs.append(F.normalize(x, dim=-1))
         return torch.cat(outputs, dim=-1)
 
@@ -229,8 +245,19 @@ class KGAT(RankingModule):
             weight = self.attend(x, self.groups)
             if self.training:
                 self.edge_weight = weight
-        out = self.propagate(x, self.edge_index, self.groups, weight)
+        matrix = None if weight is None else self._as_matrix(weight)
+        out = self.propagate(x, self.edge_index, self.groups, weight, matrix)
         return out[self.num_entities :], out[: self.num_entities]
+
+    def _as_matrix(self, weight: Tensor) -> SparseMatrix:
+        """The graph's matrix of these weights, which stay the same for an epoch at least."""
+        assert self.edges is not None
+        # a compiled graph knows no versions, and an inference tensor has none
+        unknown = torch.compiler.is_compiling() or weight.is_inference()
+        version = 0 if unknown else weight._version
+        if self._matrix is None or self._matrix[0] is not weight or self._matrix[1] != version:
+            self._matrix = weight, version, self.edges.weighted(weight)
+        return self._matrix[2]
 
     def embed_sampled(self, batch: HeteroData) -> tuple[Tensor, Tensor]:
         """Embed the nodes of a sampled graph: users and entities, in the batch's numbering."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.data import HeteroData
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.nn.conv.lg_conv import LGConv
@@ -12,7 +12,7 @@ from torch_geometric.utils import to_undirected
 
 from lightning_tinykg.data.graph import collaborative_graph
 from lightning_tinykg.models.base import RankingModule
-from lightning_tinykg.models.propagation import propagate, row_starts
+from lightning_tinykg.models.propagation import SparseMatrix, is_watched, propagate, row_starts
 
 __all__ = ["LightGCN"]
 
@@ -94,13 +94,14 @@ class LightGCN(RankingModule):
 
         By a sparse matrix, unless somebody has hooks in PyG's layers, or layers of his own: then these are called.
         """
-        if any(map(_is_watched, self.encoder.convs)):
+        if any(is_watched(conv, LGConv) for conv in self.encoder.convs):
             out = self.encoder.get_embedding(self.edge_index, self.edge_weight)
         else:
+            matrix = SparseMatrix.symmetric(self.edge_start, self.edge_index[1], self.edge_weight)
             x = self.encoder.embedding.weight
             out = x * self.encoder.alpha[0]
             for alpha in self.encoder.alpha[1:]:
-                x = propagate(x, self.edge_start, self.edge_index[1], self.edge_weight)
+                x = propagate(x, matrix)
                 out = out + alpha * x
         return out[self.num_items :], out[: self.num_items]
 
@@ -123,10 +124,3 @@ class LightGCN(RankingModule):
     ) -> tuple[Tensor, ...]:
         """The rows of the embedding table, before propagation."""
         return tuple(self.encoder.embedding(ids) for ids in (user + self.num_items, positive, negative))
-
-
-def _is_watched(conv: nn.Module) -> bool:
-    """Whether a layer of PyG's has hooks, a method of its own, or a replacement, which all want to see the edges."""
-    own = vars(conv)
-    hooked = any(value for name, value in own.items() if name.endswith("_hooks"))
-    return type(conv) is not LGConv or hooked or bool(conv.explain) or "propagate" in own or "message" in own

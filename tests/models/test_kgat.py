@@ -1,5 +1,9 @@
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch_geometric.data import HeteroData
 
 from lightning_tinykg.data.batches import BPRBatch, TripleBatch
@@ -7,6 +11,7 @@ from lightning_tinykg.data.graph import add_inverse_edges, collaborative_graph
 from lightning_tinykg.models import KGAT
 from lightning_tinykg.models.attention import RelationalAttention, RelationGroups
 from lightning_tinykg.models.kgat import KGATConv
+from lightning_tinykg.models.propagation import SortedEdges
 
 SIZES = {"num_users": 3, "num_items": 4, "num_entities": 6, "num_relations": 2}
 BPR = BPRBatch(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]), torch.tensor([3, 2, 3]))
@@ -233,3 +238,105 @@ def test_wrong_arguments_are_named(argument: str, value: object, right: str) -> 
         KGAT(**{argument: value})  # type: ignore[arg-type]
     assert right in str(error.value)
     assert str(value) in str(error.value)
+
+
+# -- the sparse product -----------------------------------------------------------------------------------------------
+
+
+def embedded(model: KGAT, *watches: int) -> list[torch.Tensor]:
+    """Users, entities and the gradient of the tables; edge by edge where a layer is watched."""
+    seen = [model.convs[at].register_message_forward_hook(lambda *args: None) for at in watches]
+    users, entities = model.embed()
+    loss = users.sin().sum() + entities.square().sum()
+    gradients = torch.autograd.grad(loss, [model.embedding.weight, model.convs[0].lin.weight])
+    for hook in seen:
+        hook.remove()
+    return [users, entities, *gradients]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("attention", ["refresh", "frozen", "in-graph"])
+def test_the_product_with_a_matrix_is_the_sum_over_edges(
+    make_data: Any, attention: str, dtype: torch.dtype, training: bool
+) -> None:
+    data = make_data()
+    data.setup("fit")
+    model = KGAT(5, [4, 3], relation_dim=4, attention=attention, dropout=0.0)
+    model.set_graph(data.graph)
+    model.to(dtype).train(training)
+    torch.testing.assert_close(embedded(model), embedded(model, 0, 1))
+    torch.testing.assert_close(embedded(model, 1), embedded(model, 0))
+
+
+def test_hooks_see_the_edges_of_their_layer(tiny: HeteroData) -> None:
+    model = KGAT(5, [4, 3], attention="frozen")
+    model.set_graph(tiny)
+    messages: list[int] = []
+    model.convs[1].register_message_forward_hook(lambda conv, inputs, out: messages.append(out.size(0)))
+    model.embed()
+    assert model.edge_index is not None
+    assert messages == [model.edge_index.size(1)]
+
+
+def test_a_layers_matrix_is_taken_at_its_word_and_a_users_message_too() -> None:
+    edge_index, weight = torch.tensor([[1, 2], [0, 0]]), torch.tensor([0.5, 2.0])
+    x, matrix = torch.randn(3, 4), SortedEdges(edge_index, 3).weighted(weight)
+    conv = KGATConv(4, 2)
+    torch.testing.assert_close(conv(x, edge_index, weight, matrix), conv(x, edge_index, weight))
+
+    class Halved(KGATConv):
+        def message(self, x_j: torch.Tensor, edge_weight: torch.Tensor) -> torch.Tensor:
+            return 0.5 * super().message(x_j, edge_weight)
+
+    own = Halved(4, 2)
+    assert torch.equal(own(x, edge_index, weight, matrix), own(x, edge_index, weight))
+
+
+def test_weights_that_change_in_place_are_seen(tiny: HeteroData) -> None:
+    model = KGAT(5, [4], attention="frozen", dropout=0.0)
+    model.set_graph(tiny)
+    before = model.embed()[0]
+    assert model.edge_weight is not None
+    model.edge_weight.mul_(2)
+    after = model.embed()[0]
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, embedded(model, 0)[0])
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval().embed()[0], after)
+
+
+def test_nothing_of_the_size_of_the_edges_is_made(make_data: Any) -> None:
+    data = make_data()
+    data.setup("fit")
+    model = KGAT(8, [8], attention="frozen")
+    model.set_graph(data.graph)
+    model.embed()  # which sorts the weights
+    assert model.edge_index is not None
+    edges, made = model.edge_index.size(1), 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal made
+            out = func(*args, **(kwargs or {}))
+            made = max(
+                [made, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor) and not t.is_sparse_csr)]
+            )
+            return out
+
+    with Sizes():
+        users, _ = model.embed()
+        users.sum().backward()
+    assert made < 8 * edges
+
+
+@pytest.mark.compile
+def test_compiled_without_a_break(tiny: HeteroData) -> None:
+    model = KGAT(5, [4, 3], attention="frozen", dropout=0.0)
+    model.set_graph(tiny)
+    found = []
+    for embed in (model.embed, torch.compile(model.embed, fullgraph=True, backend="aot_eager")):
+        users, entities = embed()
+        (gradient,) = torch.autograd.grad(users.sum() + entities.square().sum(), model.embedding.weight)
+        found.append((users, entities, gradient))
+    torch.testing.assert_close(found[0], found[1])

@@ -12,7 +12,7 @@ from torch_geometric.nn import LGConv
 
 from lightning_tinykg import TinyKGCallback
 from lightning_tinykg.models import LightGCN
-from lightning_tinykg.models.propagation import propagate, row_starts
+from lightning_tinykg.models.propagation import SparseMatrix, propagate, row_starts
 
 
 def with_graph(graph: HeteroData, **options: Any) -> LightGCN:
@@ -67,7 +67,7 @@ def test_the_gradient_is_differentiable_and_right(tiny: HeteroData) -> None:
     x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
 
     def once(x: Tensor) -> Tensor:
-        return propagate(x, model.edge_start, model.edge_index[1], model.edge_weight)
+        return propagate(x, SparseMatrix.symmetric(model.edge_start, model.edge_index[1], model.edge_weight))
 
     assert torch.autograd.gradcheck(once, x)
     assert torch.autograd.gradgradcheck(lambda x: once(x).sin(), x)
@@ -76,7 +76,8 @@ def test_the_gradient_is_differentiable_and_right(tiny: HeteroData) -> None:
 def test_nodes_without_edges_get_nothing() -> None:
     starts = row_starts(torch.tensor([], dtype=torch.int64), num_nodes=3)
     nothing = torch.tensor([], dtype=torch.int64)
-    assert torch.equal(propagate(torch.ones(3, 2), starts, nothing, torch.ones(0)), torch.zeros(3, 2))
+    matrix = SparseMatrix.symmetric(starts, nothing, torch.ones(0))
+    assert torch.equal(propagate(torch.ones(3, 2), matrix), torch.zeros(3, 2))
 
 
 def test_half_precision_is_summed_in_float32(graph: HeteroData) -> None:
