@@ -265,7 +265,8 @@ class KGAT(RankingModule):
         x = self.embedding(torch.cat([batch["entity"].n_id, batch["user"].n_id + self.num_entities]))
         groups = self._group(graph)
         weight = None if self.attention == "in-graph" else self.attend(x, groups)
-        out = self.propagate(x, graph.edge_index, groups, weight)
+        matrix = None if weight is None else SortedEdges(graph.edge_index, x.size(0)).weighted(weight)
+        out = self.propagate(x, graph.edge_index, groups, weight, matrix)
         num_entities = batch["entity"].n_id.numel()
         return out[num_entities:], out[:num_entities]
 
