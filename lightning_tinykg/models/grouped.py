@@ -55,16 +55,16 @@ def grouped_matmul(rows: Tensor, matrices: Tensor, counts: Sequence[int]) -> Ten
     if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         rows, matrices = rows.to(dtype), matrices.to(dtype)
-    y: Tensor = _products(rows, matrices, counts)
+    y: Tensor = _products(rows, matrices, list(counts))
     return y
 
 
-def _by_group(counts: Sequence[int], *tables: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(torch.split(table, list(counts)) for table in tables), strict=True)
+def _by_group(counts: list[int], *tables: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(table, counts) for table in tables), strict=True)
 
 
 @library.custom_op("tinykg::grouped_matmul", mutates_args=())
-def _products(rows: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:
+def _products(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
     """See :func:`grouped_matmul`."""
     y = rows.new_empty(rows.size(0), matrices.size(2))
     for matrix, (part, made) in zip(matrices.unbind(), _by_group(counts, rows, y), strict=True):
@@ -73,7 +73,7 @@ def _products(rows: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 @library.custom_op("tinykg::grouped_outer", mutates_args=())
-def _outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
+def _outer(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
     """The matrices' gradient `[G, d, k]`: `left[i]^T right[i]`, added up over the rows of each group."""
     y = left.new_empty(len(counts), left.size(1), right.size(1))
     for made, (a, b) in zip(y.unbind(), _by_group(counts, left, right), strict=True):
@@ -82,12 +82,12 @@ def _outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 @_products.register_fake
-def _(rows: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:
+def _(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
     return rows.new_empty(rows.size(0), matrices.size(2))
 
 
 @_outer.register_fake
-def _(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
+def _(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
     return left.new_empty(len(counts), left.size(1), right.size(1))
 
 
@@ -118,7 +118,7 @@ for _name in ("grouped_matmul", "grouped_outer"):
     RULES[f"GeneratedBackwardFor_tinykg_{_name}_default"] = {"tensors": LINEAR}
 
 
-def _adds_up(rows: Ingredient, matrices: Ingredient, counts: Sequence[int]) -> float:
+def _adds_up(rows: Ingredient, matrices: Ingredient, counts: list[int]) -> float:
     """The products that an element is the sum of, and its share of what it takes to begin each group's."""
     count, width = rows.layout.shape
     made = count * matrices.layout.shape[2] * rows.dtype.itemsize
