@@ -12,8 +12,8 @@ whose validation Recall@20 is within `--tolerance` of full precision's, or the n
 the table is tested once.
 
 The hyper-parameters are those of `examples/configs` (`MODEL-SET.yaml`, else `MODEL-music.yaml`); the split is the same
-for all runs, the seed decides initialisation. LightGCN propagates by a sparse matrix, but edge by edge while its layers
-are quantized; fine-tuning it on a graph as dense as ml-1m's takes correspondingly longer, hence `--ways` above. A
+for all runs, the seed decides initialisation. Both models propagate by a sparse matrix, but edge by edge while their
+layers are quantized; fine-tuning on a graph as dense as ml-1m's takes correspondingly longer, hence `--ways` above. A
 finished run is a line in `OUT/results.jsonl` and is not repeated, so an interrupted call can simply be made again.
 """
 
