@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.utils import softmax
 
+from lightning_tinykg.models.base import GraphBuffers
 from lightning_tinykg.models.grouped import grouped_matmul
 
 __all__ = ["RelationGroups", "RelationalAttention"]
@@ -12,14 +13,12 @@ __all__ = ["RelationGroups", "RelationalAttention"]
 _CHUNK = 1 << 16
 
 
-class RelationGroups(nn.Module):
+class RelationGroups(GraphBuffers):
     """The edges of a graph, seen as distinct (node, relation) pairs grouped by relation.
 
     The transform `W_r e` depends on the node and the relation only, not on the edge. A user with a hundred items is the
     head of a hundred edges of the relation "interacts" but one pair, so transforming pairs instead of edge ends costs a
     fraction of the arithmetic and of the memory, and no `[E, d, d]` tensor of gathered matrices is ever made.
-
-    Holds no parameters; a module, so that its tensors follow the model to its device. They are not in checkpoints.
 
     Args:
         edge_index: int64 `[2, E]`; row 0 the tail `t` (the source of the message), row 1 the head `h` (its receiver).

@@ -14,7 +14,7 @@ from torch_geometric.utils import cumsum
 from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
 from lightning_tinykg.models.functional import best_scored, bpr_loss, dot_products, half_squared_norm
 
-__all__ = ["RankingModule"]
+__all__ = ["GraphBuffers", "RankingModule"]
 
 SIZES = ("num_users", "num_items", "num_entities", "num_relations")
 
@@ -31,6 +31,14 @@ class _Recall(_Summed, LinkPredRecall): ...  # type: ignore[misc]  # PyG is not 
 
 
 class _NDCG(_Summed, LinkPredNDCG): ...  # type: ignore[misc]  # PyG is not typed
+
+
+class GraphBuffers(nn.Module):
+    """Holds what is kept of a graph, and no parameters.
+
+    A module, so that its tensors follow the model to its device. They are not in checkpoints (`persistent=False`), and
+    DDP does not send them around.
+    """
 
 
 class RankingModule(L.LightningModule):
@@ -106,7 +114,7 @@ class RankingModule(L.LightningModule):
         raise NotImplementedError  # a model says how
 
     def prepare(self, data: HeteroData) -> None:
-        """Keep what `embed` needs of the graph, as buffers with `persistent=False`."""
+        """Keep what `embed` needs of the graph, as buffers with `persistent=False`, alike in all of DDP's processes."""
         raise NotImplementedError  # a model says how
 
     def embed(self) -> tuple[Tensor, Tensor]:
@@ -187,6 +195,18 @@ class RankingModule(L.LightningModule):
         self._seen_ptr = cumsum(user.bincount(minlength=self.num_users))
         self.prepare(data)
         self.has_graph = True
+        self._leave_out_of_ddp()
+
+    def _leave_out_of_ddp(self) -> None:
+        """Have DDP not send the graph from rank 0 to the others at each step: each rank has it already."""
+        of_the_graph = [
+            f"{path}.{name}" if path else name
+            for path, module in self.named_modules()
+            if isinstance(module, (RankingModule, GraphBuffers))
+            for name, _ in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set
+        ]
+        self._ddp_params_and_buffers_to_ignore = of_the_graph  # where DDP looks
 
     def setup(self, stage: str) -> None:
         """Take the graph, and the sizes where they were not given, from the Trainer's data module."""

@@ -9,8 +9,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library, nn
+from torch import Tensor, library
 from torch_geometric.nn import MessagePassing
+
+from lightning_tinykg.models.base import GraphBuffers
 
 __all__ = ["SortedEdges", "SparseMatrix", "is_watched", "propagate", "row_starts"]
 
@@ -58,10 +60,8 @@ class SparseMatrix(NamedTuple):
         return cls(starts, column, weight, starts, column, weight)
 
 
-class SortedEdges(nn.Module):
+class SortedEdges(GraphBuffers):
     """A graph's edges by receiver, and by sender: what makes matrices of weights for its edges.
-
-    Holds no parameters; a module, so that its tensors follow the model to its device. They are not in checkpoints.
 
     Args:
         edge_index: int64 `[2, E]`; row 0 the source, row 1 the receiver.

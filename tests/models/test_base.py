@@ -1,14 +1,18 @@
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.data import HeteroData
 
+from lightning_tinykg import HQGNN
 from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
 from lightning_tinykg.data.graph import add_inverse_edges
-from lightning_tinykg.models import KGAT, LightGCN, MostPopular, RankingModule
+from lightning_tinykg.models import KGAT, KGCN, KGIN, LightGCN, MostPopular, RankingModule
 from lightning_tinykg.models.functional import bpr_loss, half_squared_norm, top_k
 
 SIZES = {"num_users": 3, "num_items": 4, "num_entities": 6, "num_relations": 2}
@@ -202,3 +206,35 @@ def test_lightgcn_refuses_triples(tiny: HeteroData) -> None:
 def test_a_trainer_without_a_graph_is_told_so(fit_options: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="KGRecDataModule"):
         L.Trainer(**fit_options).fit(LightGCN(), train_dataloaders=[BPR])
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+MODELS: dict[str, Callable[[], RankingModule]] = {
+    "kgat": lambda: KGAT(4, attention="frozen"),
+    "kgat in-graph": lambda: KGAT(4, attention="in-graph"),
+    "kgin": lambda: KGIN(4),
+    "kgcn": lambda: KGCN(4),
+    "lightgcn": lambda: LightGCN(4),
+    "hqgnn": lambda: HQGNN(LightGCN(4), bits=2),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("alone")
+def test_ddp_does_not_send_the_graph_around_at_each_step(name: str, tiny: HeteroData) -> None:
+    model = MODELS[name]()
+    model.set_graph(tiny)
+    state = model.state_dict(keep_vars=True)
+    constants = ("metrics.", "encoder.metrics.")  # tiny ones, of the metrics
+    graph = {name: buffer for name, buffer in model.named_buffers() if name not in state}
+    graph = {name: buffer for name, buffer in graph.items() if not name.startswith(constants)}
+    assert graph
+    sent = {id(buffer) for buffer in DistributedDataParallel(model).modules_buffers}
+    assert not [name for name, buffer in graph.items() if id(buffer) in sent]
