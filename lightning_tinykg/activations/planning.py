@@ -101,7 +101,7 @@ class Planner:
             key: of the noise.
 
         Raises:
-            BudgetTooSmall: if no choice fits.
+            BudgetTooSmall: if no choice fits; on all ranks, if it is so on the first.
         """
         now = self.now
         rounded = list((keeper.forms.rounded or {}).values())
@@ -112,8 +112,15 @@ class Planner:
         now.fixed, now.raw, now.norm = max(ledger.stored_bytes - changing, 0), ledger.raw_bytes, sqrt(squared)
         now.sensitive = sensitive
         now.target = self.budget.bytes_of(now.raw)
-        self._allocate(now)
-        self.load_state_dict(self.agree(self.state_dict()))
+        refused: tuple[int, int] | None = None
+        try:
+            self._allocate(now)
+        except BudgetTooSmall as error:  # told to the others, who wait for the plan
+            refused = error.budget, error.least
+        state, refused = self.agree((self.state_dict(), refused))
+        if refused is not None:
+            raise BudgetTooSmall(*refused)
+        self.load_state_dict(state)
 
     def _allocate(self, now: KindOfStep) -> None:
         options = dict(enumerate(tensor.options for tensor in now.sensitive))

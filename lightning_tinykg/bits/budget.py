@@ -103,12 +103,16 @@ class BudgetTooSmall(ValueError):
     """Not even the least widths fit.
 
     Attributes:
+        budget: the bytes that there were.
         least: the bytes that would do.
     """
 
     def __init__(self, budget: int, least: int) -> None:
-        super().__init__(f"budget must be at least {least} bytes for this step, got {budget}")
-        self.least = least
+        super().__init__(budget, least)
+        self.budget, self.least = budget, least
+
+    def __str__(self) -> str:
+        return f"budget must be at least {self.least} bytes for this step, got {self.budget}"
 
 
 def allocate(options: Mapping[_Key, Sequence[Option]], budget: int) -> dict[_Key, Option]:

@@ -1,6 +1,7 @@
 """``budget=``: bits that are chosen by what each tensor costs the gradient."""
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -197,6 +198,24 @@ def test_a_budget_that_cannot_be_met_says_what_could() -> None:
     least = raised.value.least
     again = planned(int(least * 1.05))
     assert step(Model(), leaf(), again)[1].stored_bytes <= least * 1.05
+
+
+def test_all_ranks_do_as_the_first_can() -> None:
+    """What one of the others could not meet is not refused, and what the first could not is, on all of them."""
+    first = planned("10%").planner
+    assert first is not None
+    another = compress_activations(budget=1000, min_bytes=0)
+    assert another.planner is not None
+    at_its_first_step = {name: kind | {"steps": 0} for name, kind in first.state_dict().items()}
+    another.planner.agree = lambda own: (at_its_first_step, None)
+    step(Model(), leaf(), another)
+    assert another.planner.now.plan == first.now.plan
+    another = compress_activations(budget="10%", min_bytes=0)
+    assert another.planner is not None
+    told = pickle.loads(pickle.dumps(BudgetTooSmall(1, 2)))
+    another.planner.agree = lambda own: (own[0], (told.budget, told.least))
+    with pytest.raises(BudgetTooSmall, match="budget must be at least 2 bytes for this step, got 1"):
+        step(Model(), leaf(), another)
 
 
 def test_a_large_budget_keeps_all_exact() -> None:
