@@ -84,6 +84,7 @@ class TwoOptimizers(Small):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
+        # one optimizer, or a list, as it was configured
         for optimizer in self.optimizers():  # type: ignore[union-attr]
             loss = super().training_step(batch, batch_idx)
             assert bool(packed(loss)) == self.hooked[-1]
@@ -299,6 +300,7 @@ def test_metrics_arrive(tmp_path: Path) -> None:
     assert found["tinykg/ratio"] > 3
     assert callback.ledger is not None
     assert found["tinykg/raw_mib"] == pytest.approx(callback.ledger.raw_bytes / 2**20, rel=1e-5)
+    # as it was made here
     with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:  # type: ignore[union-attr, arg-type]
         rows = list(csv.DictReader(file))
     assert set(rows[0]) >= METRICS
@@ -604,7 +606,7 @@ def test_what_was_wrapped_before_is_wrapped_after() -> None:
         return original(*args, **kwargs)
 
     wrapper = functools.partial(other)
-    trainer.strategy.training_step = wrapper  # type: ignore[method-assign]
+    trainer.strategy.training_step = wrapper  # type: ignore[method-assign]  # a stand-in
     trainer.fit(Small())
     assert calls == [True, True]
     assert trainer.strategy.__dict__.get("training_step") is wrapper
@@ -621,7 +623,7 @@ def test_module_can_be_copied_and_pickled_in_mid_fit() -> None:
         twins: list[Small] = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
         for twin in twins:
             assert "training_step" not in twin.__dict__
-            assert twin.training_step.__self__ is twin  # type: ignore[attr-defined]
+            assert twin.training_step.__self__ is twin  # type: ignore[attr-defined]  # a bound method
             assert same(weights(twin), weights(module))
         assert "training_step" not in module.__dict__
         assert b"tinykg" not in pickle.dumps(module)
@@ -714,7 +716,7 @@ def test_second_fit_reports_its_own_ledger(printed: list[str]) -> None:
 def test_second_fit_of_a_changed_module_names_its_parts() -> None:
     callback, model = tiny(), Small()
     fit(model, callback, max_steps=1)
-    model.head = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))  # type: ignore[assignment]
+    model.head = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))  # type: ignore[assignment]  # of another type
     fit(model, callback, max_steps=1)
     assert callback.ledger is not None
     assert {entry.module for entry in callback.ledger} >= {"head.0", "head.1"}
@@ -838,7 +840,7 @@ def test_a_resumed_fit_repeats_the_uninterrupted_one(tmp_path: Path, epochs: dic
     def resume(callback: TinyKGCallback) -> Seeded:
         module = Seeded()
         if not epochs:  # a plain DataLoader starts anew in mid-epoch
-            module.train_dataloader = lambda: DataLoader(  # type: ignore[method-assign]
+            module.train_dataloader = lambda: DataLoader(  # type: ignore[method-assign]  # a stand-in
                 torch.utils.data.Subset(examples(), range(128, 256)), batch_size=64
             )
         fit(module, callback, ckpt_path=checkpoint, **epochs)

@@ -55,7 +55,7 @@ class Small(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def train_dataloader(self) -> Any:
-        return DataLoader(range(6), batch_size=1, collate_fn=collate)  # type: ignore[arg-type]
+        return DataLoader(range(6), batch_size=1, collate_fn=collate)  # type: ignore[arg-type]  # a range is a sequence
 
 
 def collate(numbers: list[int]) -> Any:

@@ -38,6 +38,7 @@ class Small(L.LightningModule):
 
     def noted(self, loss: Tensor) -> Tensor:
         # this rank's own gradient, before the ranks' mean is taken
+        # as it was made here
         (grad,) = torch.autograd.grad(loss, self.body[2].weight, retain_graph=True)  # type: ignore[arg-type]
         self.grads.append(digest([grad]))
         self.losses.append(loss.item())

@@ -48,7 +48,7 @@ class Small(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
     def train_dataloader(self) -> Any:
-        return DataLoader(range(64 * BATCHES), batch_size=64)  # type: ignore[arg-type]
+        return DataLoader(range(64 * BATCHES), batch_size=64)  # type: ignore[arg-type]  # a range is a sequence
 
 
 class Manual(Small):
@@ -59,6 +59,7 @@ class Manual(Small):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
+        # one optimizer, or a list, as it was configured
         for optimizer in self.optimizers():  # type: ignore[union-attr]
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch_idx))

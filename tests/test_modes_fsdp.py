@@ -72,6 +72,7 @@ class Net(nn.Module):
         rows, scaled = self.table(index)
         for block in self.blocks:
             x = block(x * rows)
+        # a tensor: calls of modules and functions are untyped
         return self.head(x * scaled)  # type: ignore[no-any-return]
 
 
@@ -83,7 +84,7 @@ def on_two_processes(function: Callable[..., None], *args: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
+    torch.multiprocessing.start_processes(  # type: ignore[attr-defined]  # public, and not exported
         _start, args=(port, function, *args), nprocs=2, start_method="fork"
     )
 
@@ -244,7 +245,7 @@ class Module(L.LightningModule):
         self.grads: list[Tensor] = []
 
     def configure_model(self) -> None:
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]  # as it was made here
         for part in (self.net.table, *self.net.blocks, self.net.head, self.net):
             fully_shard(part, mesh=mesh)
 
@@ -268,6 +269,7 @@ class Module(L.LightningModule):
 
 
 def whole_sum(parameter: Tensor) -> Tensor:
+    # a tensor: calls of modules and functions are untyped
     return parameter.square().sum().full_tensor()  # type: ignore[operator,no-any-return]
 
 

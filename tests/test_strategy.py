@@ -158,7 +158,7 @@ def test_a_trainer_fits_twice() -> None:
 def test_evaluation_compresses_nothing() -> None:
     strategy = TinyKGStrategy(**SETTINGS)
     model = Small()
-    model.test_step = model.training_step  # type: ignore[method-assign, assignment]
+    model.test_step = model.training_step  # type: ignore[method-assign, assignment]  # a stand-in
     L.Trainer(strategy=strategy, devices=1, **QUIET).test(model, model.train_dataloader())
     assert strategy.tinykg.ledger is None
 
@@ -203,7 +203,7 @@ def test_two_ranks_as_with_the_callback(tmp_path: Path) -> None:
     ):
         folder = tmp_path / str(number)
         folder.mkdir()
-        callbacks = [*options.pop("callbacks", []), Report(folder)]  # type: ignore[misc]
+        callbacks = [*options.pop("callbacks", []), Report(folder)]  # type: ignore[misc]  # options of several types
         fit(**options, callbacks=callbacks, devices=2)
         reports.append([json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)])
     assert reports[0] == reports[1]

@@ -24,7 +24,7 @@ def two_losses(context: compress_activations | None, optimizer: type[torch.optim
     rows = table()
     torch.manual_seed(2)
     first, second = (torch.randn(300, 32, requires_grad=True) for _ in "ab")
-    steps = optimizer(rows.parameters(), lr=0.1)  # type: ignore[call-arg]
+    steps = optimizer(rows.parameters(), lr=0.1)  # type: ignore[call-arg]  # an optimizer's class
 
     def losses() -> tuple[Tensor, Tensor]:
         return (rows(INDEX) * first).sum(), (rows(INDEX) * second).tanh().sum()

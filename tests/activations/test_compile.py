@@ -58,7 +58,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        return self.head(x)  # type: ignore[no-any-return]
+        return self.head(x)  # type: ignore[no-any-return]  # a tensor: calls of modules and functions are untyped
 
 
 def whole(model: Net, backend: Any = "aot_eager", **options: Any) -> Model:
@@ -78,7 +78,7 @@ def by_layer(model: Net, backend: Any = "aot_eager") -> Model:
 
 def as_function(model: Net, backend: Any = "aot_eager") -> Model:
     def forward(x: Tensor) -> Tensor:
-        return model(x)  # type: ignore[no-any-return]
+        return model(x)  # type: ignore[no-any-return]  # a tensor: calls of modules and functions are untyped
 
     return torch.compile(forward, backend=backend)
 
@@ -217,12 +217,14 @@ def test_context_within_the_compiled_function() -> None:
     def loss(x: Tensor) -> Tensor:
         with context as ledger:
             ledgers.append(ledger)
+            # a tensor: calls of modules and functions are untyped
             return model(x).square().mean()  # type: ignore[no-any-return]
 
     compiled = torch.compile(loss, backend=counter)
     for _ in range(4):
         model.zero_grad()
         compiled(rows()).backward()
+        # there is one, after a backward
         got = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
         assert 0 < float((got - want).norm() / want.norm()) < 0.03
     assert counter.frame_count == 1
@@ -324,6 +326,7 @@ def test_a_graph_that_is_the_last_op_is_warned_of() -> None:
 
     @torch.compile(backend="aot_eager")
     def loss(x: Tensor) -> Tensor:
+        # a tensor: calls of modules and functions are untyped
         return model(x).square().mean()  # type: ignore[no-any-return]
 
     with pytest.warns(UserWarning, match=AT_ONCE), compress_activations(8) as ledger:
@@ -366,6 +369,7 @@ class Sine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # a tensor: calls of modules and functions are untyped
         return grad * ctx.saved_tensors[0]  # type: ignore[no-any-return]
 
 

@@ -36,6 +36,7 @@ def most_alive(function: Callable[[], Any]) -> int:
     """The most bytes that were allocated at once of what a function allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
+    # there is one
     events = list(profiled.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
     found: list[tuple[int, int, int]] = []
     while events:

@@ -30,6 +30,7 @@ def interaction(a: Tensor, b: Tensor) -> Tensor:
 
 
 def step(function: Callable[..., Tensor], bits: int | BitPlan, **options: object) -> Ledger:
+    # options of several types
     with compress_activations(bits, min_bytes=0, **options) as ledger:  # type: ignore[arg-type]
         loss = weighted(function(leaf(), leaf(1)))
     loss.backward()

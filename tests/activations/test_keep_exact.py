@@ -33,7 +33,7 @@ def rounded(ledger: Ledger) -> list[str]:
 
 
 def packed(tensor: Tensor) -> bool:
-    return isinstance(tensor.grad_fn._raw_saved_result.data, Saved)  # type: ignore[union-attr]
+    return isinstance(tensor.grad_fn._raw_saved_result.data, Saved)  # type: ignore[union-attr]  # there is one
 
 
 def gradient(of: Callable[[Tensor], Tensor], context: AbstractContextManager[Any]) -> Tensor:
@@ -171,7 +171,7 @@ def test_in_what_is_checkpointed(reentrant: bool) -> None:
             loss = weighted(run(h))
             loss.backward()
         assert not rounded(ledger)
-    assert torch.equal(x.grad, want)  # type: ignore[arg-type]
+    assert torch.equal(x.grad, want)  # type: ignore[arg-type]  # there is one, after a backward
 
 
 def test_on_a_thread_of_autograds() -> None:
@@ -194,7 +194,7 @@ def test_on_a_thread_of_autograds() -> None:
             thread.start()
             thread.join()
     assert len(rounded(ledger)) == 1
-    sum(y.sum() for y in kept).backward()  # type: ignore[union-attr]
+    sum(y.sum() for y in kept).backward()  # type: ignore[union-attr]  # tensors, and no 0
 
 
 def test_changing_what_is_kept_exactly_raises() -> None:
@@ -283,6 +283,7 @@ def test_torch_func_runs_without_hooks(name: str) -> None:
 
     def loss(h: Tensor) -> Tensor:
         with keep_exact(hooks=False):
+            # a tensor: calls of modules and functions are untyped
             return TRANSFORMS[name](h).sin()  # type: ignore[no-any-return]
 
     assert torch.equal(gradient(loss, tiny()), gradient(loss, nullcontext()))

@@ -275,7 +275,7 @@ def test_a_context_is_its_threads() -> None:
             go_on.set()
             thread.join()
             x = x.sin()  # and after it has left
-            assert isinstance(kept[0].grad_fn._raw_saved_self.data, Tensor)  # type: ignore[union-attr]
+            assert isinstance(kept[0].grad_fn._raw_saved_self.data, Tensor)  # type: ignore[union-attr]  # there is one
             return x
 
     with tiny() as ledger:
@@ -317,7 +317,7 @@ def test_contexts_in_two_threads_at_once(shared: bool) -> None:
     assert found == [[("0", "Gelu.self", "int8")], [("0", "Elu.self", "int8")]]
     want = [torch.autograd.grad(kind(made(t)).sum(), t)[0] for kind, t in zip((nn.GELU(), nn.ELU()), x, strict=True)]
     for a, t in zip(want, x, strict=True):
-        assert float((a - t.grad).norm() / a.norm()) < 0.05  # type: ignore[operator]
+        assert float((a - t.grad).norm() / a.norm()) < 0.05  # type: ignore[operator]  # there is one, after a backward
     assert_clean()
 
 
@@ -352,6 +352,7 @@ def test_left_in_another_thread() -> None:
 
 
 def assert_nothing_packed() -> None:
+    # there is one
     assert isinstance(made(leaf()).exp().grad_fn._raw_saved_result.data, Tensor)  # type: ignore[union-attr]
 
 
@@ -417,11 +418,11 @@ def test_what_is_saved_by_a_context_that_was_left_too_early() -> None:
     second.__exit__(None, None, None)
     assert_clean()
     z.sum().backward()
-    assert torch.equal(x.grad, z)  # type: ignore[arg-type]
+    assert torch.equal(x.grad, z)  # type: ignore[arg-type]  # there is one, after a backward
     y.detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace"):
         y.sum().backward()
-    saved = weakref.ref(y.grad_fn._raw_saved_result.data)  # type: ignore[union-attr]
+    saved = weakref.ref(y.grad_fn._raw_saved_result.data)  # type: ignore[union-attr]  # there is one
     del y
     assert saved() is None
 

@@ -20,6 +20,7 @@ def ready(**options: Any) -> CTRDataModule:
 
 
 def triples_of(*parts: Any) -> list[tuple[int, int, int]]:
+    # pairs
     return [tuple(int(x) for x in column) for part in parts for column in np.asarray(part).T]  # type: ignore[misc]
 
 

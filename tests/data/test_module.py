@@ -133,12 +133,13 @@ def test_epochs_differ_and_repeat() -> None:
 
 
 def test_global_random_state_is_left_alone() -> None:
+    # as it was made here
     before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     data = ready(triple_batch_size=100, num_workers=0)
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         list(loader)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert (numpy_before == np.random.get_state()[1]).all()  # type: ignore[index]
+    assert (numpy_before == np.random.get_state()[1]).all()  # type: ignore[index]  # as it was made here
 
 
 @pytest.mark.parametrize("done", [0, 1, 5, 7, 8])
@@ -178,9 +179,9 @@ def test_ranks_rank_every_user_once(users: int, ranks: int, chunk: int) -> None:
     table = ItemsByUser.build(np.stack([np.arange(users), np.arange(users)]), num_users=users)
     shards = [RankingBatches([table], table, chunk=chunk, num_replicas=ranks, rank=r) for r in range(ranks)]
     assert len({len(s) for s in shards}) == 1  # or a rank would wait for another forever
-    seen = torch.cat([batch.user for shard in shards for batch in shard])  # type: ignore[attr-defined]
+    seen = torch.cat([batch.user for shard in shards for batch in shard])  # type: ignore[attr-defined]  # batches
     assert sorted(seen.tolist()) == list(range(users))
-    assert max(len(batch.user) for shard in shards for batch in shard) <= chunk  # type: ignore[attr-defined]
+    assert max(len(batch.user) for shard in shards for batch in shard) <= chunk  # type: ignore[attr-defined]  # batches
 
 
 def test_ranking_batches() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch_geometric.data import HeteroData
 
 from lightning_tinykg.data.graph import build_graph
 from lightning_tinykg.data.neighbor_table import neighbor_table
@@ -10,22 +11,22 @@ from lightning_tinykg.data.neighbor_table import neighbor_table
 SIZES = {"num_users": 2, "num_items": 10, "num_entities": 40, "num_relations": 3}
 
 
-def graph(num_triples: int = 60, num_entities: int = 40) -> object:
+def graph(num_triples: int = 60, num_entities: int = 40) -> HeteroData:
     rng = np.random.default_rng(0)
     triples = np.stack([rng.integers(30, size=num_triples), rng.integers(3, size=num_triples), np.arange(num_triples)])
     triples[2] = rng.integers(30, size=num_triples)
     return build_graph(np.array([[0], [1]]), triples, **(SIZES | {"num_entities": num_entities}))
 
 
-def both_ways(data: object) -> set[tuple[int, int, int]]:
-    head, tail = data["entity", "relates", "entity"].edge_index.tolist()  # type: ignore[index]
-    kind = data["entity", "relates", "entity"].edge_type.tolist()  # type: ignore[index]
+def both_ways(data: HeteroData) -> set[tuple[int, int, int]]:
+    head, tail = data["entity", "relates", "entity"].edge_index.tolist()
+    kind = data["entity", "relates", "entity"].edge_type.tolist()
     return {*zip(head, kind, tail, strict=True), *zip(tail, kind, head, strict=True)}
 
 
 def test_what_is_sampled_are_neighbours_by_their_relation() -> None:
     data = graph()
-    neighbor, relation = neighbor_table(data, size=4, seed=0)  # type: ignore[arg-type]
+    neighbor, relation = neighbor_table(data, size=4, seed=0)
     known = both_ways(data)
     assert neighbor.shape == relation.shape == (40, 4)
     assert neighbor.dtype == relation.dtype == torch.int64
@@ -49,7 +50,7 @@ def test_none_comes_twice_where_there_are_enough() -> None:
 
 def test_the_seed_decides() -> None:
     data = graph()
-    first, again, other = (neighbor_table(data, size=4, seed=seed) for seed in (0, 0, 1))  # type: ignore[arg-type]
+    first, again, other = (neighbor_table(data, size=4, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
@@ -64,4 +65,4 @@ def test_a_graph_without_triples() -> None:
 
 def test_size_is_checked() -> None:
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
-        neighbor_table(graph(), size=0, seed=0)  # type: ignore[arg-type]
+        neighbor_table(graph(), size=0, seed=0)

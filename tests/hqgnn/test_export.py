@@ -86,9 +86,9 @@ def test_files_are_plain_safetensors_of_packed_codes(tmp_path: Path) -> None:
 def test_an_index_maps_its_files(folder: Path) -> None:
     index = LowBitIndex.load(folder)
     for array in (index._items.packed, index._users, index._seen_item):
-        mapped = array.base  # type: ignore[union-attr]
+        mapped = array.base  # type: ignore[union-attr]  # as it was made here
         assert isinstance(mapped, np.memmap) or isinstance(getattr(mapped, "base", None), np.memmap)
-        assert not array.flags.writeable  # type: ignore[union-attr]
+        assert not array.flags.writeable  # type: ignore[union-attr]  # as it was made here
 
 
 @pytest.mark.parametrize("ids", [["b", "a", "ü"], np.array([30, 10, 20])], ids=["names", "numbers"])
@@ -102,7 +102,7 @@ def test_ids_of_the_data_set(tmp_path: Path, ids: Any) -> None:
     with pytest.raises(KeyError, match="no user 'z' in the export"):
         index.rows_of(["z"])
     with pytest.raises(ValueError, match="what must be 'user' or 'item', got 'artist'"):
-        index.rows_of(["y"], "artist")  # type: ignore[arg-type]
+        index.rows_of(["y"], "artist")  # type: ignore[arg-type]  # refused
 
 
 def test_an_id_that_is_only_nearly_one_is_refused(tmp_path: Path) -> None:
@@ -416,6 +416,7 @@ def trained(data: KGRecDataModule, root: Path, encoder: Any, **options: Any) -> 
     torch.manual_seed(0)
     module = HQGNN(encoder, **options)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    # options of several types
     trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=1, default_root_dir=root, **quiet)  # type: ignore[arg-type]
     trainer.fit(module, data)
     trainer.test(module, data, verbose=False)

@@ -51,7 +51,7 @@ def test_the_trace_is_that_of_autograds_hessian() -> None:
 
         hessian = torch.autograd.functional.hessian(loss, tables[index])
         size = tables[index].numel()
-        expected += float(hessian.reshape(size, size).trace())  # type: ignore[union-attr]
+        expected += float(hessian.reshape(size, size).trace())  # type: ignore[union-attr]  # a tensor, of one function
     assert bpr_trace(*scored(tables, ids)).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -217,12 +217,15 @@ def test_delta_is_finite_and_not_negative_on_any_batch(case: str, users_too: boo
     rows = users[ids[0]], items[ids[1]], items[ids[2]]
     one = torch.ones(ids.size(1), 1)
     for found in (
+        # None: not of the users
         bpr_curvature(rows, tuple(ids), (one if users_too else None, one, one)),  # type: ignore[arg-type]
+        # None: not of the users
         probe(bpr_loss, rows, tuple(ids), (one if users_too else None, one, one), seed=0),  # type: ignore[arg-type]
     ):
         assert found.delta.isfinite()
         assert 0 <= found.delta <= MAX_DELTA
     if case.startswith("a positive that") and not users_too:
+        # None: not of the users
         assert bpr_curvature(rows, tuple(ids), (None, one, one)).trace == 0  # type: ignore[arg-type]
 
 
@@ -230,6 +233,7 @@ def test_delta_does_not_depend_on_the_catalogue_nor_on_the_batch_repeated() -> N
     tables, ids, (_, item_step) = batch()
     twice = tuple(torch.cat([i, i]) for i in ids)
     deltas = [
+        # None: not of the users
         bpr_curvature(scored(tables, i), i, (None, item_step[i[1]], item_step[i[2]])).delta.item()  # type: ignore[arg-type]
         for i in (ids, twice)
     ]
@@ -239,7 +243,7 @@ def test_delta_does_not_depend_on_the_catalogue_nor_on_the_batch_repeated() -> N
 
 def test_rule_refuses_what_it_cannot_be() -> None:
     with pytest.raises(ValueError, match="hessian must be 'closed', 'hutchinson' or a fixed delta"):
-        DeltaRule("open")  # type: ignore[arg-type]
+        DeltaRule("open")  # type: ignore[arg-type]  # refused
     with pytest.raises(ValueError, match="fixed delta of at least 0, got -1"):
         DeltaRule(-1)
     with pytest.raises(ValueError, match="refresh_every must be at least 1, got 0"):

@@ -142,7 +142,7 @@ def test_full_precision_post_training_and_trained_are_one_class(make_data: Any, 
     encoder = trained(data, quiet)
     expected, scores = encoder.recommend([0, 1, 2], k=5)
     for kind in ("itq", "random", "none"):
-        model = HQGNN(encoder, bits=8, estimator="ptq", rotate=kind)  # type: ignore[arg-type]
+        model = HQGNN(encoder, bits=8, estimator="ptq", rotate=kind)  # type: ignore[arg-type]  # one of its literals
         model.set_graph(data.graph)
         users, items = (x.detach() for x in model.full_precision())
         exact = (users @ items.t()).softmax(dim=1)  # which no constant per user changes
@@ -202,6 +202,7 @@ def test_both_ways_to_delta_agree(users_too: bool, make_data: Any, quiet: dict[s
     data = make_data(batch_size=100_000)  # one step
     encoder, deltas = trained(data, quiet), []
     for hessian in ("closed", "hutchinson"):
+        # one of its literals
         model = HQGNN(copy.deepcopy(encoder), bits=2, hessian=hessian, quantize_users=users_too)  # type: ignore[arg-type]
         deltas.append(float(fit(model, data, quiet).callback_metrics["hqgnn/delta"]))
     assert deltas[0] > 0
@@ -218,7 +219,7 @@ def test_a_sample_of_everything_is_the_full_graph(make_data: Any) -> None:
     sampled["user"].src_index = batch.user
     sampled["entity"].dst_pos_index, sampled["entity"].dst_neg_index = batch.positive, batch.negative
     model = HQGNN(LightGCN(dim=16), bits=2, estimator="ste", rotate="random", scale="node")
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # a stand-in
     model.set_graph(data.graph)
     torch.testing.assert_close(model.training_step(sampled, 0), model.training_step(batch, 0))
 
@@ -274,6 +275,7 @@ def test_a_resumed_fit_repeats_the_uninterrupted_one(
         )
 
     steps = {"every_n_epochs": 1} if stop == "epoch" else {"every_n_train_steps": 2}
+    # options of several types
     keep = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, **steps)  # type: ignore[arg-type]
     whole = model()
     fit(whole, make_data(), quiet, max_epochs=4, callbacks=[keep], enable_checkpointing=True)
@@ -332,7 +334,7 @@ def test_warm_start_from_a_checkpoint(make_data: Any, quiet: dict[str, Any], tmp
     own = NGCFStyle(data.graph)
     torch.save(own.state_dict(), tmp_path / "own.pt")
     other = HQGNN(NGCFStyle(data.graph), warm_start=tmp_path / "own.pt").encoder
-    assert torch.equal(other.table.weight, own.table.weight)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(other.table.weight, own.table.weight)  # type: ignore[union-attr,arg-type]  # as it was made here
 
 
 # -- together with the rest ------------------------------------------------------------------------------------------
@@ -366,7 +368,7 @@ def test_training_leaves_torchs_random_state_alone(make_data: Any, quiet: dict[s
     states = []
     for options in ({"bits": 32}, {"bits": 2, "hessian": "hutchinson", "rotate": "itq", "distillation": 1.0}):
         L.seed_everything(7, verbose=False)
-        fit(HQGNN(copy.deepcopy(encoder), **options), data, quiet)  # type: ignore[arg-type]
+        fit(HQGNN(copy.deepcopy(encoder), **options), data, quiet)  # type: ignore[arg-type]  # options of several types
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
 
@@ -398,9 +400,11 @@ def test_another_loss_by_hutchinson(make_data: Any, quiet: dict[str, Any]) -> No
 
 def test_learning_rates_are_apart_and_the_encoders_are_the_default() -> None:
     model = HQGNN(LightGCN(dim=4, lr=0.3, l2=0.7, num_users=2, num_items=2, num_entities=2, num_relations=1))
+    # one optimizer, or a list, as it was configured
     groups = model.configure_optimizers().param_groups  # type: ignore[union-attr]
     assert [(group["lr"], len(group["params"])) for group in groups] == [(0.3, 1), (1e-3, 1)]
     assert model.l2 == 0.7
+    # one optimizer, or a list, as it was configured
     assert len(HQGNN(LightGCN(dim=4), estimator="ptq").configure_optimizers().param_groups) == 1  # type: ignore[union-attr]
 
 

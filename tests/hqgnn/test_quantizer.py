@@ -172,7 +172,7 @@ def test_a_rotation_keeps_dot_products_and_itq_loses_less(bits: int) -> None:
     x = torch.randn(300, 16) * torch.logspace(-1, 1, 16) @ torch.randn(16, 16)  # correlated, of unequal spread
     users, error = torch.randn(5, 16), {}
     for kind in ("none", "random", "itq"):
-        rotation, quantizer = Rotation(kind), Quantizer(bits)  # type: ignore[arg-type]
+        rotation, quantizer = Rotation(kind), Quantizer(bits)  # type: ignore[arg-type]  # one of its literals
         rotation.fit(x, quantizer)
         assert (rotation.matrix is None) == (kind == "none")
         torch.testing.assert_close(rotation(users) @ rotation(x).t(), users @ x.t(), rtol=1e-3, atol=1e-3)

@@ -42,6 +42,7 @@ class Fixed(RankingModule):
 
 def evaluate(model: RankingModule, *batches: RankingBatch) -> dict[str, float]:
     logged: dict[str, float] = {}
+    # a stand-in
     model.log_dict = lambda values, **kwargs: logged.update({k: float(v) for k, v in values.items()})  # type: ignore[method-assign,assign,misc]
     model.on_test_epoch_start()
     for index, batch in enumerate(batches):
@@ -168,7 +169,7 @@ def test_lightgcn_equals_a_dense_computation(tiny: HeteroData) -> None:
 
 def test_l2_is_of_the_final_embeddings_in_kgat_and_of_the_table_in_lightgcn(tiny: HeteroData) -> None:
     for model in (KGAT(dim=5, layer_dims=(3,), l2=0.1, dropout=0.0), LightGCN(dim=5, l2=0.1)):
-        model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # a stand-in
         model.set_graph(tiny)
         users, items = model.embed()
         scored = (users[BPR.user], items[BPR.positive], items[BPR.negative])
@@ -182,7 +183,7 @@ def test_l2_is_of_the_final_embeddings_in_kgat_and_of_the_table_in_lightgcn(tiny
 
 def test_lightgcn_on_a_sample_of_everything_equals_the_full_graph(tiny: HeteroData) -> None:
     model = LightGCN(dim=5, l2=0.1)
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # a stand-in
     model.set_graph(tiny)
     batch = add_inverse_edges(tiny)
     batch["user"].n_id, batch["entity"].n_id = torch.arange(3), torch.arange(6)

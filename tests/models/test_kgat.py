@@ -25,7 +25,7 @@ def random_edges(num_nodes: int = 7, num_edges: int = 40, relations: int = 3) ->
 
 
 def quiet(model: KGAT) -> KGAT:
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # a stand-in
     return model
 
 
@@ -67,7 +67,7 @@ def test_relation_mean_gives_each_relation_of_a_node_weight_one() -> None:
 def test_layer_equals_a_dense_computation(aggregator: str) -> None:
     edge_index, _ = random_edges(num_edges=15)
     x, weight = torch.randn(7, 5), torch.rand(15)
-    conv = KGATConv(5, 3, aggregator)  # type: ignore[arg-type]
+    conv = KGATConv(5, 3, aggregator)  # type: ignore[arg-type]  # one of its literals
     adjacency = torch.zeros(7, 7)
     for (source, target), w in zip(edge_index.t().tolist(), weight, strict=True):
         adjacency[target, source] += w
@@ -116,14 +116,15 @@ def test_the_receiver_is_the_head(tiny: HeteroData) -> None:
     model = KGAT(dim=4, relation_dim=4)
     model.set_graph(tiny)
     x, attention = model.embedding.weight, model.attentions[0]
-    edges = model.groups.head_node.numel()  # type: ignore[union-attr]
+    edges = model.groups.head_node.numel()  # type: ignore[union-attr]  # there is a graph
     assert edges
     graph = collaborative_graph(tiny)
     known = {(h, r, t) for (h, t), r in zip(graph.edge_index.t().tolist(), graph.edge_type.tolist(), strict=True)}
+    # there is a graph
     relations = model.groups.head_relation[model.groups.head_of_edge].tolist()  # type: ignore[union-attr]
     for (j, i), r in zip(graph.edge_index.t().tolist(), relations, strict=True):
         assert (i, r, j) in known
-    weight = model.attend(x, model.groups)  # type: ignore[arg-type]
+    weight = model.attend(x, model.groups)  # type: ignore[arg-type]  # there is a graph
     arriving = graph.edge_index[1] == 1  # item 1: three users and entity 4
     score = torch.stack(
         [
@@ -138,16 +139,17 @@ def test_the_receiver_is_the_head(tiny: HeteroData) -> None:
 @pytest.mark.parametrize("aggregator", ["bi-interaction", "sum", "concat"])
 @pytest.mark.parametrize("attention", ["refresh", "frozen", "in-graph"])
 def test_gradient_reaches_everything_it_should(tiny: HeteroData, aggregator: str, attention: str) -> None:
+    # one of its literals
     model = quiet(KGAT(dim=8, layer_dims=(8, 4), relation_dim=6, aggregator=aggregator, attention=attention))  # type: ignore[arg-type]
     model.set_graph(tiny)
-    model.training_step(BPR, 0).backward()  # type: ignore[union-attr]
+    model.training_step(BPR, 0).backward()  # type: ignore[union-attr]  # a tensor: a step may give others
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     ranking = {name for name, _ in model.named_parameters() if not name.startswith("attentions")}
     tables = {name for name, _ in model.named_parameters() if name.startswith("attentions")}
     assert reached == (ranking | tables if attention == "in-graph" else ranking)
 
     model.zero_grad()
-    model.training_step(TRIPLES, 0).backward()  # type: ignore[union-attr]
+    model.training_step(TRIPLES, 0).backward()  # type: ignore[union-attr]  # a tensor: a step may give others
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == {"embedding.weight", "attentions.0.transform", "attentions.0.relation.weight"}
 
@@ -158,7 +160,7 @@ def test_in_graph_gradients_are_right(tiny: HeteroData) -> None:
     model.double()
 
     def embedded(rows: torch.Tensor) -> torch.Tensor:
-        return model.propagate(rows, model.edge_index, model.groups, None)  # type: ignore[arg-type]
+        return model.propagate(rows, model.edge_index, model.groups, None)  # type: ignore[arg-type]  # there is a graph
 
     assert torch.autograd.gradcheck(embedded, model.embedding.weight.detach().requires_grad_())
 
@@ -181,7 +183,7 @@ def test_refresh_follows_the_embeddings_once_an_epoch(tiny: HeteroData) -> None:
     model = KGAT(dim=8, relation_dim=8, dropout=0.0)
     model.set_graph(tiny)
     model.on_train_epoch_start()
-    first = model.edge_weight.clone()  # type: ignore[union-attr]
+    first = model.edge_weight.clone()  # type: ignore[union-attr]  # there is a graph
     with torch.no_grad():
         model.embedding.weight.mul_(30)
     model.embed()
@@ -191,7 +193,7 @@ def test_refresh_follows_the_embeddings_once_an_epoch(tiny: HeteroData) -> None:
     torch.testing.assert_close(model.edge_weight, first)  # evaluation leaves training's attention alone ...
     model.train()
     model.on_train_epoch_start()
-    assert not torch.allclose(model.edge_weight, first)  # type: ignore[arg-type]
+    assert not torch.allclose(model.edge_weight, first)  # type: ignore[arg-type]  # there is a graph
     torch.testing.assert_close(model.embed()[0], evaluated)  # ... and sees that of the parameters it evaluates
 
 
@@ -205,6 +207,7 @@ def test_dropout_acts_in_training_only(tiny: HeteroData) -> None:
 
 @pytest.mark.parametrize("attention", ["refresh", "frozen", "in-graph"])
 def test_a_sample_of_everything_equals_the_full_graph(tiny: HeteroData, attention: str) -> None:
+    # one of its literals
     model = quiet(KGAT(dim=8, attention=attention, dropout=0.0, l2=0.1))  # type: ignore[arg-type]
     model.set_graph(tiny)
     batch = add_inverse_edges(tiny)
@@ -235,7 +238,7 @@ def test_a_sampled_batch_looks_up_global_rows(tiny: HeteroData) -> None:
 )
 def test_wrong_arguments_are_named(argument: str, value: object, right: str) -> None:
     with pytest.raises(ValueError, match=argument) as error:
-        KGAT(**{argument: value})  # type: ignore[arg-type]
+        KGAT(**{argument: value})  # type: ignore[arg-type]  # refused
     assert right in str(error.value)
     assert str(value) in str(error.value)
 

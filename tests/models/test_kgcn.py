@@ -123,7 +123,7 @@ def test_no_neighbour_is_an_answer_too(tiny: HeteroData) -> None:
 
 def test_widths_of_the_aggregators() -> None:
     for aggregator in AGGREGATORS:
-        layer = KGCNAggregator(4, aggregator, nn.ReLU())  # type: ignore[arg-type]
+        layer = KGCNAggregator(4, aggregator, nn.ReLU())  # type: ignore[arg-type]  # one of its literals
         assert layer.lin.weight.shape == (4, 8 if aggregator == "concat" else 4)
         assert layer(torch.ones(2, 3, 4), torch.ones(2, 3, 4)).shape == (2, 3, 4)
     assert [type(layer.activation) for layer in KGCN(hops=3, **SIZES).aggregators] == [nn.ReLU, nn.ReLU, nn.Tanh]
@@ -141,7 +141,7 @@ def test_widths_of_the_aggregators() -> None:
 )
 def test_wrong_arguments_are_named(argument: str, value: object, right: str) -> None:
     with pytest.raises(ValueError, match=argument) as error:
-        KGCN(**{argument: value})  # type: ignore[arg-type]
+        KGCN(**{argument: value})  # type: ignore[arg-type]  # refused
     assert right in str(error.value)
     assert str(value) in str(error.value)
 

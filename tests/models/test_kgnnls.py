@@ -27,7 +27,7 @@ def ready(graph: HeteroData, **options: Any) -> KGNNLS:
     model.set_graph(graph)
     for table in (model.user, model.relation):
         nn.init.normal_(table.weight)
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # a stand-in
     return model
 
 

@@ -53,7 +53,8 @@ def quiet(model: PairModule) -> dict[str, float]:
     def log(name: str, value: Tensor, **kwargs: Any) -> None:
         logged[name] = float(value)
 
-    model.log = log  # type: ignore[method-assign,assign]
+    model.log = log  # type: ignore[method-assign,assign]  # a stand-in
+    # a stand-in
     model.log_dict = lambda values, **kwargs: logged.update({k: float(v) for k, v in values.items()})  # type: ignore[method-assign,assign,misc]
     return logged
 
@@ -79,13 +80,16 @@ def test_losses_equal_a_hand_computation() -> None:
     model = Fixed()
     logged = quiet(model)
     bce = (softplus(-4) + softplus(4) + softplus(-3) + softplus(2)) / 4
+    # a tensor: a step may give others
     assert float(model.training_step(CTR, 0)) == pytest.approx(bce + 0.5)  # type: ignore[arg-type]
     assert logged == {"train/bce_loss": pytest.approx(bce), "train/loss": pytest.approx(bce + 0.5)}
     bce = (softplus(-4) + softplus(-2) + softplus(-3) + softplus(-1) + softplus(3) + softplus(2)) / 6
+    # a tensor: a step may give others
     assert float(model.training_step(BPR, 0)) == pytest.approx(bce + 0.5)  # type: ignore[arg-type]
     model = Fixed("bpr")
     logged = quiet(model)
     bpr = (softplus(-5) + softplus(1) + softplus(-1)) / 3
+    # a tensor: a step may give others
     assert float(model.training_step(BPR, 0)) == pytest.approx(bpr + 0.5)  # type: ignore[arg-type]
     assert logged["train/bpr_loss"] == pytest.approx(bpr)
 

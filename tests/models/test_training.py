@@ -66,6 +66,7 @@ def test_a_resumed_fit_repeats_the_uninterrupted_one(
     whole = model()
     # step 2 is amid the first epoch's ranking phase
     steps = {"every_n_epochs": 2} if stop == "epoch" else {"every_n_train_steps": 2}
+    # options of several types
     keep = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, **steps)  # type: ignore[arg-type]
     fit(whole, make_data(), fit_options, max_epochs=4, callbacks=[keep], enable_checkpointing=True)
     saved = sorted((tmp_path / "kept").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)

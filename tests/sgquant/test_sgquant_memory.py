@@ -134,6 +134,7 @@ def test_each_row_has_a_scale_where_the_granularity_is_the_node() -> None:
     model = pyg.GCN(6, 8, num_layers=1, norm=None).eval()
     bytes_of = {}
     for granularity in ("tensor", "node"):
+        # options of several types
         quantizer = SGQuantizer(model, 4, granularity=granularity, buckets=None)  # type: ignore[arg-type]
         quantizer.calibrate(lambda: model(x, edge_index))
         bytes_of[granularity] = quantizer.memory().packed_bytes

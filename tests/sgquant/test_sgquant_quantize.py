@@ -300,4 +300,4 @@ def test_plans_of_every_granularity() -> None:
         16,
     ]
     with pytest.raises(ValueError, match="bits of"):
-        uniform(3.5)  # type: ignore[arg-type]
+        uniform(3.5)  # type: ignore[arg-type]  # refused

@@ -101,7 +101,7 @@ def test_data_and_sparse_matrices_are_graphs() -> None:
     x, edge_index = graph()
 
     class OfData(AGNN):
-        def forward(self, data: Data) -> Tensor:  # type: ignore[override]
+        def forward(self, data: Data) -> Tensor:  # type: ignore[override]  # a graph, as PyG's own
             return super().forward(data.x, data.edge_index)
 
     of_data = OfData().eval()
@@ -239,15 +239,15 @@ def test_what_cannot_be_is_named() -> None:
     with pytest.raises(
         ValueError, match=r"bits must be one of 1, 2, 3, 4, 5, 6, 7, 8, 16, 32, a BitPlan or a path, got 3\.5"
     ):
-        SGQuantizer(model, 3.5)  # type: ignore[arg-type]
+        SGQuantizer(model, 3.5)  # type: ignore[arg-type]  # refused
     with pytest.raises(
         ValueError, match="must hold PyG MessagePassing layers, which are what is quantized, got a Linear"
     ):
         SGQuantizer(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="granularity must be one of tensor, bucket, channel, node, auto, got 'row'"):
-        SGQuantizer(model, granularity="row")  # type: ignore[arg-type]
+        SGQuantizer(model, granularity="row")  # type: ignore[arg-type]  # refused
     with pytest.raises(ValueError, match="range must be one of minmax, percentile, ema, mse, got 'max'"):
-        SGQuantizer(model, range="max")  # type: ignore[arg-type]
+        SGQuantizer(model, range="max")  # type: ignore[arg-type]  # refused
     with pytest.raises(ValueError, match=r"percentile must be above 0\.5 and at most 1, got 0\.1"):
         SGQuantizer(model, percentile=0.1)
     with pytest.raises(ValueError, match="match nothing: degree-4"):
