@@ -1,6 +1,7 @@
 """What the loaders of :class:`~lightning_tinykg.data.KGRecDataModule` hand to a model.
 
-NamedTuples of tensors: Lightning moves them to the device, a ``DataLoader`` pins them, and they unpack by position.
+NamedTuples, of tensors mostly: Lightning moves them to the device, a ``DataLoader`` pins them, and they unpack by
+position.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -45,6 +46,8 @@ class TripleBatch(NamedTuple):
         relation: Edge types, in ``0..graph.num_relations - 1``.
         tail: Target nodes of the edges.
         corrupted: Nodes for which ``(head, relation, corrupted)`` is no edge.
+        counts: How many there are of each relation, if they are sorted by it; None: they come in any order. On the
+            host, so that a GPU need not be waited for.
 
     Example:
         >>> import torch
@@ -56,6 +59,7 @@ class TripleBatch(NamedTuple):
     relation: Tensor
     tail: Tensor
     corrupted: Tensor
+    counts: list[int] | None = None
 
 
 class RankingBatch(NamedTuple):

@@ -104,6 +104,7 @@ class TripleBatches(StepBatches[TripleBatch]):
 
     def __init__(self, graph: Data, *, seed: int, batch_size: int) -> None:
         super().__init__(int(graph.edge_index.shape[1]), batch_size, seed, stream=2)
+        self.num_relations = int(graph.num_relations)
         self.edges: IntArray = torch.cat([graph.edge_index, graph.edge_type[None]]).numpy()
         head, tail, relation = self.edges
         # Rows of the sampler are the (head, relation) pairs that occur: far fewer than num_nodes * num_relations.
@@ -115,10 +116,13 @@ class TripleBatches(StepBatches[TripleBatch]):
         )
 
     def make(self, rows: IntArray, rng: np.random.Generator) -> TripleBatch:
-        """One batch: the edges ``rows`` and a corrupted tail for each."""
-        head, tail, relation = self.edges[:, rows]
+        """One batch: the edges ``rows`` and a corrupted tail for each, sorted by relation."""
         corrupted = self.sampler.sample(self.row[rows], rng)
-        return TripleBatch(*(torch.from_numpy(x) for x in (head, relation, tail, corrupted)))
+        order = self.edges[2, rows].argsort(kind="stable")
+        edges = self.edges[:, rows[order]]
+        counts = np.bincount(edges[2], minlength=self.num_relations).tolist()
+        head, tail, relation = map(torch.from_numpy, edges)
+        return TripleBatch(head, relation, tail, torch.from_numpy(corrupted[order]), counts)
 
 
 class RankingBatches(Dataset[RankingBatch]):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.utils import softmax
 
+from lightning_tinykg.data.batches import TripleBatch
 from lightning_tinykg.models.base import GraphBuffers
 from lightning_tinykg.models.grouped import grouped_matmul
 
@@ -116,22 +117,20 @@ class RelationalAttention(nn.Module):
         weight: Tensor = softmax(score, groups.target, num_nodes=groups.num_nodes)
         return weight
 
-    def translate(
-        self, embedding: nn.Embedding, head: Tensor, relation: Tensor, tail: Tensor, corrupted: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def translate(self, embedding: nn.Embedding, batch: TripleBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Head, relation, tail and corrupted tail of triples in their relation's space, sorted by relation.
 
         Args:
             embedding: The node table, `[N, dim]`.
-            head: Nodes, int64 `[B]`.
-            relation: int64 `[B]`.
-            tail: Nodes, int64 `[B]`.
-            corrupted: Nodes, int64 `[B]`.
+            batch: `B` triples.
 
         Returns:
             `W_r e_h`, `e_r`, `W_r e_t`, `W_r e_t'`, each `[B, relation_dim]`, row for row of the same triple.
         """
-        relation, order = relation.sort(stable=True)
-        counts = relation.bincount(minlength=self.transform.size(0)).tolist()
-        h, t, c = (grouped_matmul(embedding(node[order]), self.transform, counts) for node in (head, tail, corrupted))
+        head, relation, tail, corrupted, counts = batch
+        if counts is None:
+            relation, order = relation.sort(stable=True)
+            head, tail, corrupted = head[order], tail[order], corrupted[order]
+            counts = relation.bincount(minlength=self.transform.size(0)).tolist()
+        h, t, c = (grouped_matmul(embedding(node), self.transform, counts) for node in (head, tail, corrupted))
         return h, self.relation(relation), t, c

@@ -281,7 +281,7 @@ class KGAT(RankingModule):
         if not isinstance(batch, TripleBatch):
             return super().training_step(batch, batch_idx)
         attention = cast(RelationalAttention, self.attentions[0])
-        rows = attention.translate(self.embedding, batch.head, batch.relation, batch.tail, batch.corrupted)
+        rows = attention.translate(self.embedding, batch)
         head, relation, tail, corrupted = rows
         translated = head + relation
         gap = (translated - tail).square().sum(dim=-1) - (translated - corrupted).square().sum(dim=-1)

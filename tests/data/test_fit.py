@@ -22,7 +22,7 @@ class Recorder(L.LightningModule):
         self.ranked: list[int] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.given.append((type(batch).__name__, [x.tolist() for x in batch]))
+        self.given.append((type(batch).__name__, [x.tolist() if isinstance(x, torch.Tensor) else x for x in batch]))
         return self.weight * 1.0
 
     def validation_step(self, batch: RankingBatch, batch_idx: int) -> None:

@@ -25,9 +25,13 @@ def as_set(pairs: Any) -> set[tuple[int, ...]]:
     return set(zip(*np.asarray(pairs).tolist(), strict=True))
 
 
+def equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
 def same(left: list[Any], right: list[Any]) -> bool:
     return len(left) == len(right) and all(
-        type(a) is type(b) and all(map(torch.equal, a, b)) for a, b in zip(left, right, strict=True)
+        type(a) is type(b) and all(map(equal, a, b)) for a, b in zip(left, right, strict=True)
     )
 
 
@@ -108,7 +112,11 @@ def test_triple_phase_follows_and_corrupted_tails_are_no_edges() -> None:
     assert set(kinds[first:]) == {TripleBatch}
     graph = collaborative_graph(data.graph)
     edges = as_set(torch.stack([graph.edge_index[0], graph.edge_type, graph.edge_index[1]]))
-    head, relation, tail, corrupted = (torch.cat(x) for x in zip(*batches[first:], strict=True))
+    triples = batches[first:]
+    head, relation, tail, corrupted = (torch.cat(x) for x in zip(*(batch[:4] for batch in triples), strict=True))
+    for batch in triples:  # on the host it is known which are of which relation
+        assert batch.relation.tolist() == [r for r, count in enumerate(batch.counts) for _ in range(count)]
+        assert len(batch.counts) == graph.num_relations
     assert as_set(torch.stack([head, relation, tail])) == edges
     assert not as_set(torch.stack([head, relation, corrupted])) & edges
     assert corrupted.max() < graph.num_nodes
