@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor, library, nn
 from torch_geometric.nn import MessagePassing
 
 from lightning_tinykg.models.base import GraphBuffers
@@ -97,7 +97,7 @@ class SortedEdges(GraphBuffers):
         return SparseMatrix(self.starts, self.column, forth, self.back_starts, self.back_column, back)
 
 
-def is_watched(layer: MessagePassing, kind: type[MessagePassing]) -> bool:
+def is_watched(layer: nn.Module, kind: type[MessagePassing]) -> bool:
     """Whether somebody wants to see a layer's edges: by hooks, an explanation, or a method or a class of his own.
 
     Args:

@@ -286,18 +286,27 @@ def test_hooks_see_the_edges_of_their_layer(tiny: HeteroData) -> None:
     assert messages == [model.edge_index.size(1)]
 
 
-def test_a_layers_matrix_is_taken_at_its_word_and_a_users_message_too() -> None:
+def test_a_layer_takes_edges_or_a_matrix() -> None:
     edge_index, weight = torch.tensor([[1, 2], [0, 0]]), torch.tensor([0.5, 2.0])
-    x, matrix = torch.randn(3, 4), SortedEdges(edge_index, 3).weighted(weight)
-    conv = KGATConv(4, 2)
+    x, matrix, conv = torch.randn(3, 4), SortedEdges(edge_index, 3).weighted(weight), KGATConv(4, 2)
     torch.testing.assert_close(conv(x, edge_index, weight, matrix), conv(x, edge_index, weight))
 
+
+def test_a_layer_of_the_users_own_is_given_the_edges(tiny: HeteroData) -> None:
     class Halved(KGATConv):
         def message(self, x_j: torch.Tensor, edge_weight: torch.Tensor) -> torch.Tensor:
             return 0.5 * super().message(x_j, edge_weight)
 
-    own = Halved(4, 2)
-    assert torch.equal(own(x, edge_index, weight, matrix), own(x, edge_index, weight))
+    class Other(torch.nn.Module):
+        def forward(self, x: torch.Tensor, edge_index: torch.Tensor, edge_weight: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x).index_add(0, edge_index[1], edge_weight[:, None] * x[edge_index[0]])
+
+    model = KGAT(4, [4, 4], attention="frozen", dropout=0.0)
+    model.set_graph(tiny)
+    before = model.embed()
+    for own in (Halved(4, 4), Other()):
+        model.convs[0] = own
+        assert not torch.equal(model.embed()[0], before[0])
 
 
 def test_weights_that_change_in_place_are_seen(tiny: HeteroData) -> None:
