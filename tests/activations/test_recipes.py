@@ -311,6 +311,19 @@ def test_what_starts_from_the_users_alone_is_made_once_at_whatever_widths(
     assert sum(op.__name__ in ("matmul", "__matmul__") for op in runs) == 1
 
 
+@pytest.mark.parametrize("bits", [8, 2])
+def test_a_layer_of_kgat_is_made_of_its_sums_alone(bits: int) -> None:
+    """They start from the user's table, but over the edges they are too much work to make again, and so are rounded."""
+    nodes, width = 2000, 64
+    a = torch.randn(nodes, width, requires_grad=True)
+    first, second = nn.Linear(width, width), nn.Linear(width, width)
+    source, target = torch.randint(nodes, (2, 6 * nodes))
+    with compress_activations(bits, min_bytes=0) as ledger:
+        sums = torch.zeros_like(a).index_add(0, target, a[source] * 0.1)
+        (F.leaky_relu(first(a + sums)) + F.leaky_relu(second(a * sums))).square().sum()
+    assert ledger.stored_bytes < 0.4 * a.nbytes
+
+
 def of_a_linear(sums: Tensor) -> Tensor:
     return torch.tanh(sums) * sums
 
