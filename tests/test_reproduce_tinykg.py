@@ -136,7 +136,8 @@ def test_each_model_has_a_config(modules: dict[str, Any]) -> None:
     assert case("kgat", "last-fm").read()["config"] == "kgat-lastfm.yaml"
     assert case("kgcn", "ml-1m").read()["config"] == "kgcn-ml1m.yaml"
     assert case("kgat", "ml-1m").read()["config"] == "kgat-ml1m.yaml"
-    assert case("lightgcn", "ml-1m").read()["config"] == "lightgcn-music.yaml"  # for want of its own
+    assert case("lightgcn", "ml-1m").read()["config"] == "lightgcn-ml1m.yaml"
+    assert case("lightgcn", "last-fm").read()["config"] == "lightgcn-music.yaml"  # for want of its own
 
 
 def row(way: str, seed: int, recall: float, **more: Any) -> dict[str, Any]:
