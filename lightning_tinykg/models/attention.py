@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch_geometric.utils import softmax
 
 from lightning_tinykg.data.batches import TripleBatch
-from lightning_tinykg.models.base import GraphBuffers
+from lightning_tinykg.models.graph_buffers import HoldsGraph
 from lightning_tinykg.models.grouped import grouped_matmul
 
 __all__ = ["RelationGroups", "RelationalAttention"]
@@ -14,7 +14,7 @@ __all__ = ["RelationGroups", "RelationalAttention"]
 _CHUNK = 1 << 16
 
 
-class RelationGroups(GraphBuffers):
+class RelationGroups(HoldsGraph, nn.Module):
     """The edges of a graph, seen as distinct (node, relation) pairs grouped by relation.
 
     The transform `W_r e` depends on the node and the relation only, not on the edge. A user with a hundred items is the

@@ -13,8 +13,9 @@ from torch_geometric.utils import cumsum
 
 from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
 from lightning_tinykg.models.functional import best_scored, bpr_loss, dot_products, half_squared_norm
+from lightning_tinykg.models.graph_buffers import HoldsGraph, leave_graph_out_of_ddp
 
-__all__ = ["GraphBuffers", "RankingModule"]
+__all__ = ["RankingModule"]
 
 SIZES = ("num_users", "num_items", "num_entities", "num_relations")
 
@@ -33,15 +34,7 @@ class _Recall(_Summed, LinkPredRecall): ...  # type: ignore[misc]  # PyG is not 
 class _NDCG(_Summed, LinkPredNDCG): ...  # type: ignore[misc]  # PyG is not typed
 
 
-class GraphBuffers(nn.Module):
-    """Holds what is kept of a graph, and no parameters.
-
-    A module, so that its tensors follow the model to its device. They are not in checkpoints (`persistent=False`), and
-    DDP does not send them around.
-    """
-
-
-class RankingModule(L.LightningModule):
+class RankingModule(HoldsGraph, L.LightningModule):
     """A recommender that scores a user and an item by the dot product of their embeddings.
 
     A subclass says what its parameters are (`build`), what it needs of the graph (`prepare`) and how nodes are embedded
@@ -195,18 +188,7 @@ class RankingModule(L.LightningModule):
         self._seen_ptr = cumsum(user.bincount(minlength=self.num_users))
         self.prepare(data)
         self.has_graph = True
-        self._leave_out_of_ddp()
-
-    def _leave_out_of_ddp(self) -> None:
-        """Have DDP not send the graph from rank 0 to the others at each step: each rank has it already."""
-        of_the_graph = [
-            f"{path}.{name}" if path else name
-            for path, module in self.named_modules()
-            if isinstance(module, (RankingModule, GraphBuffers))
-            for name, _ in module.named_buffers(recurse=False)
-            if name in module._non_persistent_buffers_set
-        ]
-        self._ddp_params_and_buffers_to_ignore = of_the_graph  # where DDP looks
+        leave_graph_out_of_ddp(self)
 
     def setup(self, stage: str) -> None:
         """Take the graph, and the sizes where they were not given, from the Trainer's data module."""

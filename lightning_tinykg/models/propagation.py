@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, library, nn
 from torch_geometric.nn import MessagePassing
 
-from lightning_tinykg.models.base import GraphBuffers
+from lightning_tinykg.models.graph_buffers import HoldsGraph
 
 __all__ = ["SortedEdges", "SparseMatrix", "is_watched", "propagate", "row_starts"]
 
@@ -60,7 +60,7 @@ class SparseMatrix(NamedTuple):
         return cls(starts, column, weight, starts, column, weight)
 
 
-class SortedEdges(GraphBuffers):
+class SortedEdges(HoldsGraph, nn.Module):
     """A graph's edges by receiver, and by sender: what makes matrices of weights for its edges.
 
     Args:

@@ -245,22 +245,27 @@ def test_what_is_random_is_not_made_again() -> None:
     assert_exact(loss, [a], 32)
 
 
-def test_it_is_made_once_for_all_that_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    a = table()
-    runs: list[Any] = []
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[remaking.Making]:
+    """What was made again, as often as it was."""
+    found: list[remaking.Making] = []
     run = remaking.Making._run
 
-    def counted(self: remaking.Making, workspace: Any) -> Tensor:
-        runs.append(self.op)
+    def noted(self: remaking.Making, workspace: Any) -> Tensor:
+        found.append(self)
         return run(self, workspace)
 
-    monkeypatch.setattr(remaking.Making, "_run", counted)
+    monkeypatch.setattr(remaking.Making, "_run", noted)
+    return found
+
+
+def test_it_is_made_once_for_all_that_ask(runs: list[remaking.Making]) -> None:
+    a = table()
     with compress_activations(32):
         rows = made(a)[SOURCE]
         loss = weighted(rows.sin()) + weighted(rows.cos())
     loss.backward(retain_graph=True)
-    gathers = [op for op in runs if op is torch.Tensor.__getitem__]
-    assert len(gathers) == 1
+    assert sum(making.op is torch.Tensor.__getitem__ for making in runs) == 1
     first, a.grad = a.grad, None
     loss.backward()
     assert first is not None
@@ -268,17 +273,8 @@ def test_it_is_made_once_for_all_that_ask(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(first, a.grad)
 
 
-def test_of_all_that_are_asked_for_together_each_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_all_that_are_asked_for_together_each_is_made_once(runs: list[remaking.Making]) -> None:
     """An attention's weights, exponentials, denominators and indices: in all far less than the rows they weight."""
-    runs: Counter[int] = Counter()
-    run, makings = remaking.Making._run, []
-
-    def counted(self: remaking.Making, workspace: Any) -> Tensor:
-        makings.append(self)  # which keeps its identity its own
-        runs[id(self)] += 1
-        return run(self, workspace)
-
-    monkeypatch.setattr(remaking.Making, "_run", counted)
     a, convs = table(), [GATConv(WIDTH, WIDTH // 4, heads=4) for _ in range(2)]
     with compress_activations(8):
         x: Tensor = a
@@ -286,29 +282,21 @@ def test_of_all_that_are_asked_for_together_each_is_made_once(monkeypatch: pytes
             x = F.elu(conv(x, torch.stack([SOURCE, TARGET])))
         loss = weighted(x)
     loss.backward()
-    assert {making.op.__name__ for making in makings} >= {"exp", "div", "cat"}
-    assert set(runs.values()) == {1}
+    assert {making.op.__name__ for making in runs} >= {"exp", "div", "cat"}
+    assert set(Counter(map(id, runs)).values()) == {1}
 
 
 @pytest.mark.parametrize("bits", [32, 8, 2])
 def test_what_starts_from_the_users_alone_is_made_once_at_whatever_widths(
-    bits: int, monkeypatch: pytest.MonkeyPatch
+    bits: int, runs: list[remaking.Making]
 ) -> None:
     """A difference asks for it exactly, the square of it for a few bits: it is exact for both."""
-    runs: list[Any] = []
-    run = remaking.Making._run
-
-    def counted(self: remaking.Making, workspace: Any) -> Tensor:
-        runs.append(self.op)
-        return run(self, workspace)
-
-    monkeypatch.setattr(remaking.Making, "_run", counted)
     a, b = table(), torch.randn(WIDTH, WIDTH, requires_grad=True)
     with compress_activations(bits):
         rows = a[SOURCE] @ b
         loss = weighted(rows.square()) + weighted((rows - a[TARGET]).square())
     loss.backward()
-    assert sum(op.__name__ in ("matmul", "__matmul__") for op in runs) == 1
+    assert sum(making.op.__name__ in ("matmul", "__matmul__") for making in runs) == 1
 
 
 @pytest.mark.parametrize("bits", [8, 2])

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from lightning_tinykg import compress_activations
 from lightning_tinykg.models.grouped import grouped_matmul
@@ -68,9 +68,9 @@ def test_counts_that_do_not_fit_are_refused(counts: list[int], said: str) -> Non
 
 def test_pytorch_finds_nothing_wrong_with_the_ops() -> None:
     rows, matrices = inputs()
-    torch.library.opcheck(torch.ops.tinykg.grouped_matmul.default, (rows, matrices, COUNTS))
+    library.opcheck(torch.ops.tinykg.grouped_matmul.default, (rows, matrices, COUNTS))
     right = torch.randn(10, 5, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(torch.ops.tinykg.grouped_outer.default, (rows, right, COUNTS))
+    library.opcheck(torch.ops.tinykg.grouped_outer.default, (rows, right, COUNTS))
 
 
 def test_under_autocast_it_is_a_product_like_others() -> None:
