@@ -950,14 +950,14 @@ def test_arguments_are_checked(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_group_sizes(group_size: int, bits: int) -> None:
     x = leaf()
-    loss = lambda: weighted(made(x).exp())  # noqa: E731
+    loss = lambda: weighted(made(x).exp())  # noqa: E731  # a line is enough
     got = compressed(loss, [x], bits, group_size=group_size)[0][0]
     assert got.isfinite().all()
 
 
 def test_smaller_groups_less_error() -> None:
     x = torch.cat([leaf().detach() * 10.0**k for k in range(-3, 1)]).requires_grad_()
-    loss = lambda: weighted(made(x) ** 2)  # noqa: E731
+    loss = lambda: weighted(made(x) ** 2)  # noqa: E731  # a line is enough
     want = gradients(loss, [x])[0]
     errors = []
     for group_size in (8, 32, 128, 4096):

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -427,7 +426,10 @@ class Recorder:
 
 def test_each_measurement_is_logged(tmp_path: Path) -> None:
     logger = Recorder()
-    fail: Callable[[BitPlan], float] = lambda plan: math.nan if set(bits_of(plan)) == {1} else Landscape()(plan)  # noqa: E731
+
+    def fail(plan: BitPlan) -> float:
+        return math.nan if set(bits_of(plan)) == {1} else Landscape()(plan)
+
     front = selector(fail, logger=logger).run()
     assert [step for step, _ in logger.steps] == list(range(24))
     for (_, metrics), measured in zip(logger.steps, front.trials, strict=True):
