@@ -34,14 +34,20 @@ SPACES: dict[str, Space] = {
 }
 """By model: the ends of what is drawn by its logarithm, or the choices."""
 
-BY_HAND: dict[str, dict[str, Any]] = {
-    "kgat": {"lr": 0.005, "l2": 0.03, "dropout": 0.1, "layer_dims": [64, 32, 16]},
-    "lightgcn": {"lr": 0.005, "l2": 0.0001, "num_layers": 3},
-    "bprmf": {"lr": 0.005, "l2": 0.03},
+BY_HAND: dict[str, dict[str, dict[str, Any]]] = {
+    "music": {
+        "kgat": {"lr": 0.005, "l2": 0.03, "dropout": 0.1, "layer_dims": [64, 32, 16]},
+        "lightgcn": {"lr": 0.005, "l2": 0.0001, "num_layers": 3},
+        "bprmf": {"lr": 0.005, "l2": 0.03},
+    }
 }
+BY_HAND["ml-1m"] = BY_HAND["music"] | {
+    "kgat": {"lr": 0.005, "l2": 0.017, "dropout": 0.4, "layer_dims": [64, 32]},
+}
+"""By data set; what is not there has those of `music`."""
 
 
-def drawn(model: str, trial: int) -> dict[str, Any]:
+def drawn(model: str, trial: int, data: str = "music") -> dict[str, Any]:
     """The settings of a trial.
 
     Example:
@@ -51,7 +57,7 @@ def drawn(model: str, trial: int) -> dict[str, Any]:
         (True, True)
     """
     if trial == 0:
-        return BY_HAND[model]
+        return BY_HAND.get(data, BY_HAND["music"])[model]
     draw = random.Random(f"{model} {trial}")
 
     def one(choices: tuple[float, float] | list[Any]) -> Any:
@@ -85,7 +91,7 @@ def main() -> None:
             case = Case(model, args.set)
             settings = case.settings("none", args.epochs, args.patience)
             name, options = settings["model"]
-            tuned = drawn(model, trial)
+            tuned = drawn(model, trial, args.set)
             settings["model"] = [name, options | tuned]
             key = {"model": model, "set": args.set, "trial": trial}
             if not is_kept(path, key, settings, f"trial {trial} of {model}"):

@@ -12,6 +12,7 @@ from lightning_tinykg.activations.recipes import Ingredient, Recipe
 from lightning_tinykg.activations.repeatable import (
     BOUNDED,
     COPIED,
+    DIFFERENCE,
     EXACT,
     LINEAR,
     PRODUCT,
@@ -19,6 +20,7 @@ from lightning_tinykg.activations.repeatable import (
     ROWS,
     SAME,
     SATURATES,
+    SUM,
 )
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
 from lightning_tinykg.activations.storages import Layout, in_32_bits
@@ -128,8 +130,8 @@ class Costs:
         self.wanted: list[tuple[int, int]] = []
         self._widths = widths
         self._worth = RECOMPUTE[recompute]
-        # what the cost that is being counted would be paid for; whether something is computed of it
-        self._paid_for: list[tuple[Value, bool]] = []
+        # what the cost that is being counted would be paid for, and whether something is computed of it: the bytes
+        self._paid_for: dict[tuple[Value, bool], float] = {}
 
     def of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int, own_least: int) -> Cost | None:
         """What it takes to make a tensor again.
@@ -174,9 +176,11 @@ class Costs:
                 break
             # where it is too much work to compute what rows are picked from, that may have codes of its own
         if self.is_worth(work, worth, in_32_bits(tensor.nbytes, tensor.dtype)):  # if only what it is made of were kept
-            for value, computed in dict.fromkeys(self._paid_for):
-                value.wanted += self.judging.worth_of(computed)
-                self.wanted.append((value.number, self.judging.worth_of(computed)))
+            whole = sum(self._paid_for.values())
+            for (value, computed), price in self._paid_for.items():  # each is wanted for its part of it
+                wanted = int(self.judging.worth_of(computed) * price / whole)
+                value.wanted += wanted
+                self.wanted.append((value.number, wanted))
         return None
 
     def of_what_there_is(self, ingredient: Ingredient, least: int, *, computed: bool) -> Cost:
@@ -213,7 +217,9 @@ class Costs:
         if least == 32 or carries is SAME:
             return least
         first = ingredient is recipe.args[0]
-        if carries is QUOTIENT:
+        if carries in (SUM, DIFFERENCE):
+            carries = EXACT if _may_cancel(recipe) else LINEAR
+        elif carries is QUOTIENT:
             carries = LINEAR if first else EXACT
         elif carries is PRODUCT:
             others = [i for i in recipe.ingredients if i is not ingredient]
@@ -313,7 +319,8 @@ class Costs:
                     return cost._replace(work=work)
                 counted.undo(mark)
         if not gone:
-            self._paid_for.append((ingredient.value, computed))
+            paid = ingredient.value, computed
+            self._paid_for[paid] = max(own, self._paid_for.get(paid, 1))
             if ingredient.layout.offset == 0:
                 counted.add((ingredient.value, ingredient.version), least)
         return Cost(own, 0, finer)
@@ -348,3 +355,12 @@ class Costs:
         if least == 32:
             return raw
         return min(self._widths.size(layout, least), raw)
+
+
+def _may_cancel(recipe: Recipe) -> bool:
+    """Whether a sum or a difference is of two tensors, one of which is taken from the other."""
+    if len(recipe.ingredients) < 2:
+        return False
+    if recipe.repeatable.carries is DIFFERENCE or recipe.kwargs.get("alpha", 1) < 0:
+        return True
+    return any(i.recipe is not None and i.recipe.is_negative for i in recipe.ingredients)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tinykg.activations.fragile import Amplified, amplified_by
+from lightning_tinykg.activations.fragile import Amplified, amplified_by, only_leads
 
 _BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _ASKS = frozenset(
@@ -46,6 +46,7 @@ class Function:
         renormalizes: whether it changes the table that it looks up, if told to: an embedding.
         amplifies: whether it may blow up its arguments' errors.
         amplified: which of them.
+        only_leads: whether it does so only by what its result is given to.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Function:
     renormalizes: bool
     amplifies: bool
     amplified: Amplified
+    only_leads: bool
 
     def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """What a call changes: by ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``.
@@ -108,6 +110,7 @@ def function_of(func: Any) -> Function:
         renormalizes=renormalizes,
         amplifies=amplified is not Amplified.NONE,
         amplified=amplified,
+        only_leads=only_leads(name),
     )
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from lightning_tinykg.activations.decisions import Decider, Decisions
 from lightning_tinykg.activations.deferring import is_deferrable
 from lightning_tinykg.activations.following import Follower
 from lightning_tinykg.activations.forms import Forms
-from lightning_tinykg.activations.fragile import FRAGILE
+from lightning_tinykg.activations.fragile import FRAGILE, Fragiles
 from lightning_tinykg.activations.functions import Function
 from lightning_tinykg.activations.hindsight import records_in
 from lightning_tinykg.activations.keeping import (
@@ -27,7 +26,6 @@ from lightning_tinykg.activations.keeping import (
     Conjugated,
     Kept,
     Levels,
-    Record,
     Reference,
     Saved,
 )
@@ -56,9 +54,7 @@ from lightning_tinykg.activations.storages import (
     in_32_bits,
     is_plain,
     node_name,
-    storage_id,
     tensors_in,
-    viewed,
 )
 from lightning_tinykg.activations.values import Values
 from lightning_tinykg.activations.widths import StepSize, Widths, is_narrow
@@ -128,7 +124,7 @@ class Keeper:
             decider = Decider(costs, self.widths, self.values, decisions, *given)
             self._follower = Follower(recipes, costs, decider, self.forms, self._books, self.widths, self.values)
         self._comparer = Comparer(self.values, self.forms, self.widths, self._follower, min_bytes)
-        self._fragile: WeakValueDictionary[int, Record] = WeakValueDictionary()
+        self._fragiles = Fragiles(self.forms)
 
     # -- what the forward does ----------------------------------------------------------------------------------
 
@@ -141,21 +137,13 @@ class Keeper:
             self.values.before_change(written)
         elif function.of_data:
             self.values.set_apart(args)
-        if self._fragile and function.amplifies:
-            self._keep_fragile(tensors_in(function.amplified.of(args, kwargs)))
-
-    def _keep_fragile(self, tensors: Iterable[Tensor]) -> None:
-        """Keep what was rounded exactly, since an op uses it that may blow up its error."""
-        for tensor in tensors:
-            record = self._fragile.pop(storage_id(tensor), None) if is_plain(tensor) else None
-            if record is not None and record.entry is not None:
-                with torch.no_grad(), torch._C.DisableTorchFunction():
-                    self.forms.value(viewed(tensor).detach(), 32, record.entry)
+        self._fragiles.before(function, args, kwargs)
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An op has run: note whose memory its results are, and how they can be made again."""
         if type(out) is not Tensor or not out.requires_grad:
             self.values.made(out, (args, kwargs))
+        self._fragiles.after(out)
         if self._follower is not None:
             self._follower.recipes.note(func, args, kwargs, out, exactly=self.widths.bits == 32)
 
@@ -168,7 +156,7 @@ class Keeper:
         """The forward is over: leave out of the count what the user still holds, and let go of everything."""
         self.values.forget_recipes()
         self._comparer.forget()
-        self._fragile.clear()
+        self._fragiles.clear()
         if self._follower is not None:
             self._follower.finish()
         self._books.close()
@@ -223,7 +211,7 @@ class Keeper:
                 saved.defer(tensor)
             if where in FRAGILE:
                 if isinstance(kept, Coded) and kept.record.bits < 32:
-                    self._fragile[storage_id(tensor)] = kept.record
+                    self._fragiles.note(tensor, kept.record)
                 elif isinstance(kept, Remade) and self._follower is not None:
                     self._follower.note_fragile(saved, tensor, entry)
         return entry

@@ -113,6 +113,7 @@ class Recipe:
         work: the bytes that are moved to run the op again, or the time of a matrix product in these.
         computes: whether it, or what it starts from, is more than a gather.
         computes_itself: whether it is.
+        is_negative: whether it makes a negative of what it starts from.
         to_the_bit: what :meth:`as_it_was` has given.
         bare: the same, where none of what it starts from is held.
     """
@@ -135,6 +136,7 @@ class Recipe:
     work: float = field(init=False)
     computes: bool = field(init=False)
     computes_itself: bool = field(init=False)
+    is_negative: bool = field(init=False)
     to_the_bit: Recipe | None = field(init=False, default=None)
     bare: Recipe | None = field(init=False, default=None)
 
@@ -149,6 +151,8 @@ class Recipe:
         made = [i.recipe for i in self.ingredients if i.recipe is not None]
         self.computes_itself = self.repeatable.carries is not SAME
         self.computes = self.computes_itself or any(recipe.computes for recipe in made)
+        negates = self.repeatable.negates and len(self.ingredients) == 1
+        self.is_negative = negates or (not self.computes_itself and any(recipe.is_negative for recipe in made))
 
     def makes(self, dtype: torch.dtype, version: int) -> bool:
         """Whether it makes the elements of its storage as they are seen, and as they were at that version."""

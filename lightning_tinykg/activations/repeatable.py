@@ -32,13 +32,15 @@ class Carries(Enum):
     LINEAR = "unbiased arguments give an unbiased result, with an error of the same size"
     BOUNDED = "the error is at most the arguments', and the range about theirs"
     SATURATES = "the error is at most the arguments', but the range may be far smaller"
+    SUM = "linear, but for a negative of one of two: the result may be far smaller than they are, and then is all error"
+    DIFFERENCE = "linear in one that a number is taken from, or that from a number; of two as the sum with a negative"
     QUOTIENT = "linear in the first argument, if the others are exact"
     PRODUCT = "linear in each argument, if the others are exact"
     ROWS = "the error is at most the first argument's, each row by its own range, if the others are exact"
     EXACT = "the error may be of any size"
 
 
-SAME, LINEAR, BOUNDED, SATURATES, QUOTIENT, PRODUCT, ROWS, EXACT = Carries
+SAME, LINEAR, BOUNDED, SATURATES, SUM, DIFFERENCE, QUOTIENT, PRODUCT, ROWS, EXACT = Carries
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Repeatable:
         any_order: whether it adds up rows in any order, where it is not told otherwise, on a GPU.
         onto_zeros: whether it writes onto its first argument, which has to be zeros that were made for it.
         rounds: whether it may round otherwise than the op did.
+        negates: whether its result is a negative of one argument.
         jumps: whether the least change of an argument may change the result altogether.
     """
 
@@ -74,6 +77,7 @@ class Repeatable:
     row: Callable[..., int] | None = None
     any_order: bool = False
     onto_zeros: bool = False
+    negates: bool = False
     jumps: bool = False
     rounds: bool = False
 
@@ -125,14 +129,14 @@ def _table() -> dict[Any, Repeatable]:
                 if (op := getattr(owner, name, None)) is not None:
                     found[op] = Repeatable(op, name.strip("_"), carries, passes, describe, **more)
 
-    add("add __add__ __radd__", LINEAR, 1)
+    add("add __add__ __radd__", SUM, 1)
     # the steepest, gelu's, by 1.13
     add("abs gelu clamp clamp_min clamp_max clip", BOUNDED, 1.5)
     add("relu silu mish", BOUNDED, 1.5, calling.anew(1))
     add("leaky_relu elu celu", BOUNDED, 1.5, calling.anew(2))
     add("tanh sigmoid softplus logsigmoid", SATURATES, 1.5)
-    # a difference may be far smaller than what it is of, and then is all error; and so may be a sum with a negative
-    add("neg __neg__ sub __sub__ rsub __rsub__", EXACT, 1)
+    add("sub __sub__", DIFFERENCE, 1)
+    add("neg __neg__ rsub __rsub__", DIFFERENCE, 1, negates=True)
     add("mul __mul__ __rmul__", PRODUCT, 1)
     add("square", SATURATES, 1)
     add("pow __pow__", SATURATES, 1, calling.squared)

@@ -7,7 +7,10 @@ import pytest
 import torch
 from comparing import codecs, compressed, gradients, made
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+
+from lightning_tinykg import compress_activations
 
 BITS = (8, 4, 2, 1)
 
@@ -26,6 +29,12 @@ def error(function: Callable[[Tensor], Tensor], x: Tensor, bits: int) -> float:
     return sum(float((got - want).norm() / want.norm()) for got in draws) / len(draws)
 
 
+def gated(z: Tensor, of_what_is_left: Callable[[Tensor], Tensor]) -> Tensor:
+    left = 1 - z
+    rows = left * 3
+    return rows + of_what_is_left(left)
+
+
 FRAGILE: dict[str, Callable[[Tensor], Tensor]] = {
     "bpr": lambda x: -(x.sigmoid() + 1e-10).log(),
     "negative": lambda x: -(1 - x.sigmoid() + 1e-10).log(),
@@ -38,6 +47,9 @@ FRAGILE: dict[str, Callable[[Tensor], Tensor]] = {
     "picked by index": lambda x: -(x.softmax(-1)[torch.arange(40), 3] + 1e-9).log(),
     "softplus": lambda x: (1 + x.exp()).log(),
     "sigmoid by hand": lambda x: 1 / (1 + (-x).exp()),
+    "two steps": lambda x: -(1 - x.sigmoid()).clamp(min=1e-9).log(),
+    "both sides": lambda x: -torch.stack([x.sigmoid(), 1 - x.sigmoid()]).clamp(min=1e-9).log(),
+    "a gate, of which a logarithm is taken too": lambda x: gated(x.sigmoid(), lambda left: -(left + 1e-10).log()),
     "odds": lambda x: 1 / x.sigmoid(),
     "quotient": lambda x: 3.0 / (x.exp() + 1e-6),
     "power": lambda x: (x.sigmoid() + 1e-6) ** -0.5,
@@ -76,15 +88,16 @@ def test_a_sigmoid_that_is_made_again_is_as_exact_as_what_its_loss_is_given(bits
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_sigmoid_that_is_made_of_rounded_rows_is_made_of_exact_ones_then(bits: int) -> None:
-    """Its own rows are the least bytes in few bits, and what these are differences to where they have to be exact."""
+    """Its own rows are the least bytes in few bits, and what these are picked from by a condition has to be exact."""
     draw = torch.Generator().manual_seed(0)
     entities = torch.randn(3000, 63, generator=draw).requires_grad_()
     rows = torch.randn(64, 32, generator=draw).requires_grad_()
-    target = torch.rand(64, 3000, generator=draw) < 0.01
+    target, other = torch.rand(64, 3000, generator=draw) < 0.01, torch.ones(64, 32)
 
     def loss() -> Tensor:
         h = made(rows)
-        x = torch.cat([h - 0.5, 1 - h], dim=1)[:, 1:]  # a part of it, which keeps its code when all is over
+        picked = torch.cat([torch.where(h > 0, h, other), torch.where(h < 0, h, other)], dim=1)
+        x = picked[:, 1:]  # a part of it, which keeps its code when all is over
         return F.binary_cross_entropy(torch.sigmoid(x @ entities.t()), target.float())
 
     want = torch.cat([gradient.flatten() for gradient in gradients(loss, [entities, rows])])
@@ -103,6 +116,37 @@ def test_what_only_multiplies_is_rounded() -> None:
     assert (
         codecs(ledger, "Sigmoid.result") == codecs(ledger, "Softmax.result") == codecs(ledger, "Exp.result") == {"int8"}
     )
+
+
+def test_a_gate_is_rounded() -> None:
+    """Until it is known what ``1 - z`` is for, the sigmoid is held; it is multiplied by."""
+    x, h = wide(1.0), wide(1.0)
+
+    def loss() -> Tensor:
+        z, old, new = made(x).sigmoid(), made(x), made(h)
+        return (z * new + (1 - z) * old).sum()
+
+    ledger = compressed(loss, [x, h], 8)[1]
+    assert codecs(ledger, "Sigmoid.result") == {"int8"}
+
+
+def test_what_leads_to_a_result_that_is_not_seen_is_kept_exactly() -> None:
+    """The one that ``vmap`` makes."""
+    x = wide(8.0)
+    assert error(lambda y: -torch.vmap(lambda p: p + 1e-10)(y.sigmoid()).log(), x, 8) < 0.01
+
+
+def test_a_gate_is_let_go_of_once_it_has_multiplied() -> None:
+    """Of eight layers no more than the last gate, and what is held for a finer code: as much as the largest tensor."""
+    h, gates = wide(1.0), []
+    with compress_activations(8):
+        x = made(h)
+        for _ in range(8):
+            z = made(h).sigmoid()
+            gates.append(StorageWeakRef(z.untyped_storage()))
+            x = z * x + (1 - z) * x
+        del z
+        assert sum(not gate.expired() for gate in gates) <= 2
 
 
 @pytest.mark.parametrize("function", [torch.sin, torch.cos])

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import FiLMConv, GATConv, GATv2Conv, RGCNConv, TransformerConv
+from torch_geometric.nn import FiLMConv, GATConv, GATv2Conv, GENConv, RGCNConv, TransformerConv
 from torch_geometric.utils import scatter, softmax
 
 from lightning_tinykg import BitPlan, Ledger, compress_activations
@@ -475,6 +475,40 @@ def test_a_difference_of_what_is_nearly_equal_is_not_made_of_rounded_values() ->
     assert error(function, a, 8)[0] < 0.02
 
 
+@pytest.mark.parametrize(
+    "negative",
+    [
+        lambda x, y: x + (-y),
+        lambda x, y: torch.add(x, y, alpha=-1),
+        lambda x, y: x + (1 - y),
+        lambda x, y: x + torch.cat([-y[:9], -y[9:]]),
+    ],
+    ids=["minus", "alpha", "from a number", "joined"],
+)
+def test_nor_is_a_sum_with_a_negative(negative: Callable[[Tensor, Tensor], Tensor]) -> None:
+    a = table()
+    near = (a + 0.01 * table(1)).detach().requires_grad_()  # each is far wider than they differ
+
+    def function(x: Tensor) -> Tensor:
+        one, other = made(x)[SOURCE], made(near)[SOURCE]
+        return negative(one, other).square() + 1e-4 * (one * other)
+
+    assert error(function, a, 8)[0] < 0.02
+
+
+def test_what_a_number_is_taken_from_is_as_exact_as_what_it_was() -> None:
+    """Of ``z`` there is a code, and ``1 - z``, ``z - 1`` and ``-z`` take no more."""
+    x, h = table(), table()
+
+    def stored(function: Callable[[Tensor], list[Tensor]]) -> int:
+        with compress_activations(2) as ledger:
+            z, rows = made(x).sigmoid(), made(h)
+            sum(weighted(factor * rows) for factor in [z, *function(z)])
+        return ledger.stored_bytes
+
+    assert stored(lambda z: [1 - z, z - 1.0, -z, torch.rsub(z, 0.5)]) == stored(lambda z: [z])
+
+
 def test_layers_that_are_narrow_are_run_again_and_wide_ones_kept() -> None:
     def kept(width: int, recompute: str) -> set[str]:
         layer, x = nn.Linear(width, width), made(torch.randn(50, width))
@@ -800,6 +834,20 @@ def test_what_a_layer_makes_of_nodes_is_made_again_of_its_input() -> None:
     assert nodes == ["Addmm.mat1", "Elu.self", "Elu.self"]
 
 
+def test_what_each_relation_makes_of_nodes_is_made_again_of_their_input() -> None:
+    """All relations want theirs, and still it is not kept; only the first layer's input, of which no more is known."""
+    torch.manual_seed(0)
+    nodes, width, relations = 400, 64, 8
+    layers = nn.ModuleList(FiLMConv(width, width, num_relations=relations) for _ in range(2))
+    edges, kinds, x = torch.randint(nodes, (2, 2000)), torch.randint(relations, (2000,)), torch.randn(nodes, width)
+    with compress_activations(2) as ledger:
+        h = made(x.requires_grad_())
+        for layer in layers:
+            h = F.layer_norm(layer(h, edges, kinds), (width,)).relu()
+    kept = [entry.codec for entry in ledger if entry.op == "Mul.other from" and entry.stored_bytes > nodes * width / 8]
+    assert kept == ["int4"]
+
+
 def test_what_is_made_for_nothing_is_not_kept_for_what_could_not_be_made_of_it() -> None:
     """An exact softmax of edges would want the second layer's input exactly; all else is made of the norm's."""
     torch.manual_seed(0)
@@ -1019,14 +1067,29 @@ def test_the_sums_of_all_relations_are_made_of_one_table(bits: int) -> None:
     assert stored("cheap") < 0.55 * stored("off")
 
 
+def test_what_three_are_wanted_for_is_not_worth_each_of_them() -> None:
+    """Of GEN's messages and weights, what a quotient needs exactly is; what else they are made of stays rounded."""
+    torch.manual_seed(0)
+    nodes, width = 400, 64
+    layers = nn.ModuleList(GENConv(width, width) for _ in range(2))
+    edges, x = torch.randint(nodes, (2, 2000)), torch.randn(nodes, width)
+    with compress_activations(2) as ledger:
+        h = made(x.requires_grad_())
+        for layer in layers:
+            h = layer(h, edges).relu()
+    exactly = [entry.op for entry in ledger if entry.codec == "exact" and entry.stored_bytes == 4 * nodes * width]
+    assert exactly == ["Div.other from"] * 2
+
+
 def test_a_table_that_is_needed_at_two_widths_counts_at_the_larger() -> None:
-    """12 bits of it are less than the rows' own code, and its elements, which a difference needs, are more."""
+    """12 bits of it are less than the rows' own code, and its elements, which a condition needs, are more."""
     a, pairs = table(), 2 * NODES
 
     def stored(recompute: str) -> int:
         with compress_activations(8, recompute=recompute) as ledger:
             h = made(a)
-            weighted(torch.tanh(h[SOURCE[:pairs]] + (-h[TARGET[:pairs]])))
+            first, second = h[SOURCE[:pairs]], h[TARGET[:pairs]]
+            weighted(torch.tanh(first + torch.where(TARGET[:pairs, None] > 9, second, 0.0)))
         return ledger.stored_bytes
 
     assert stored("cheap") <= stored("off")
