@@ -47,7 +47,7 @@ with their activations, or one that adds up two."""
 
 
 class _Counted:
-    """Recipes and storages that are counted already, each at the largest width so far.
+    """Recipes and storages that are counted already, each at the largest width so far; wants that are, at 1.
 
     Attributes:
         widths: the widths.
@@ -122,16 +122,16 @@ class Costs:
 
     Attributes:
         judging: what the last decision was judged by.
-        wanted: what it would have been made of, had it not been for its own code: by number, and the bytes.
+        wanted: what it would have been made of, had it not been for its own code: by number, by whom, and the bytes.
     """
 
     def __init__(self, widths: Widths, recompute: str) -> None:
         self.judging = Judging()
-        self.wanted: list[tuple[int, int]] = []
+        self.wanted: list[tuple[int, object, int]] = []
         self._widths = widths
         self._worth = RECOMPUTE[recompute]
-        # what the cost that is being counted would be paid for, and whether something is computed of it: the bytes
-        self._paid_for: dict[tuple[Value, bool], float] = {}
+        # what the cost that is being counted would be paid for; whether something is computed of it
+        self._paid_for: list[tuple[Value, bool]] = []
 
     def of_remaking(self, recipe: Recipe, tensor: Tensor, rule: Rule, least: int, own_least: int) -> Cost | None:
         """What it takes to make a tensor again.
@@ -176,11 +176,10 @@ class Costs:
                 break
             # where it is too much work to compute what rows are picked from, that may have codes of its own
         if self.is_worth(work, worth, in_32_bits(tensor.nbytes, tensor.dtype)):  # if only what it is made of were kept
-            whole = sum(self._paid_for.values())
-            for (value, computed), price in self._paid_for.items():  # each is wanted for its part of it
-                wanted = int(self.judging.worth_of(computed) * price / whole)
-                value.wanted += wanted
-                self.wanted.append((value.number, wanted))
+            want = object()
+            for value, computed in dict.fromkeys(self._paid_for):
+                value.wanted[want] = self.judging.worth_of(computed)
+                self.wanted.append((value.number, want, value.wanted[want]))
         return None
 
     def of_what_there_is(self, ingredient: Ingredient, least: int, *, computed: bool) -> Cost:
@@ -291,7 +290,7 @@ class Costs:
             return _FREE
         own = worth = math.inf
         finer = 0.0
-        recipe = ingredient.recipe
+        recipe, wants = ingredient.recipe, list[object]()
         if not gone:  # a coarser code that there is would be replaced
             layout, itemsize, record = ingredient.layout, ingredient.dtype.itemsize, ingredient.record(1)
             coded = self.coded(record, layout, itemsize)
@@ -300,9 +299,12 @@ class Costs:
                 worth = self._code(layout, itemsize, max(least, 8)) - coded
             # Each relation's sums alone are not worth keeping the table they are made of, all together are. So what was
             # kept in its stead counts for it, where it is not far larger than any of them, and little is lost if it is
-            # not asked for again.
-            wanted = ingredient.value.wanted if own <= 2 * self.judging.worth_of(computed) else 0
-            own = max(own - wanted, 0)
+            # not asked for again; and not for another of what they are made of once more.
+            if own <= 2 * self.judging.worth_of(computed):
+                for want, saves in ingredient.value.wanted.items():
+                    if own > 0 and not counted.widths.get(want):
+                        own = max(own - saves, 0)
+                        wants.append(want)
             if computed and coded and ingredient.lingers:
                 finer = min(own, self.coded(record, layout, itemsize, least) - coded)
             worth = worth if self.judging.deeply else own
@@ -319,8 +321,9 @@ class Costs:
                     return cost._replace(work=work)
                 counted.undo(mark)
         if not gone:
-            paid = ingredient.value, computed
-            self._paid_for[paid] = max(own, self._paid_for.get(paid, 1))
+            self._paid_for.append((ingredient.value, computed))
+            for want in wants:
+                counted.add(want, 1)
             if ingredient.layout.offset == 0:
                 counted.add((ingredient.value, ingredient.version), least)
         return Cost(own, 0, finer)

@@ -29,13 +29,13 @@ class Decision(NamedTuple):
 
     Attributes:
         cost: of what is made again; None where that is not done.
-        wanted: what it would have been made of, had it not been for its own code: by number, and the bytes.
+        wanted: what it would have been made of, had it not been for its own code: by number, by whom, and the bytes.
         judging: what it was judged by.
         then: what was asked next.
     """
 
     cost: Cost | None
-    wanted: tuple[tuple[int, int], ...]
+    wanted: tuple[tuple[int, object, int], ...]
     judging: Judging
     then: Node
 
@@ -121,8 +121,8 @@ class Decider:
             found = Decision(cost, tuple(costs.wanted), costs.judging, {})
             self._decisions.add(self._node, question, found)
         else:
-            for number, nbytes in found.wanted:
-                values.met[number].wanted += nbytes
+            for number, want, nbytes in found.wanted:
+                values.met[number].wanted[want] = nbytes
             costs.judging = found.judging
         self._node = found.then
         return found.cost

@@ -42,7 +42,7 @@ class Value:
         recipe: how it was made, if that can be repeated.
         payer: the ledger's entry that is charged for its raw bytes.
         references: the entries that refer to it; the first is charged for it.
-        wanted: bytes of the tensors that could have been made of it again, had it not been for its own.
+        wanted: by tensor that could have been made of it again, had it not been for its own code: the bytes of that.
         raw: a tensor in it, while it is held for a finer code.
         apart: whether there are tensors in it whose versions are counted apart: ``x`` and ``x.data``.
         blurred: whether it was changed since: no version tells any more what is in it.
@@ -71,7 +71,7 @@ class Value:
         self.recipe: Recipe | None = None
         self.payer: Entry | None = None
         self.references: list[Entry] = []
-        self.wanted = 0
+        self.wanted: dict[object, int] = {}
         self.raw: Tensor | None = None
         self.apart = self.blurred = False
         # weak: what no save holds any more, after a backward within the context, nobody asks for
