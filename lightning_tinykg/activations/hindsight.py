@@ -18,7 +18,7 @@ from lightning_tinykg.activations.decisions import Decider
 from lightning_tinykg.activations.keeping import AsComplex, Coded, Record
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.recipes import Recipe, replaced
-from lightning_tinykg.activations.remaking import Remade
+from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.storages import Layout, in_32_bits
 from lightning_tinykg.activations.values import Value
 from lightning_tinykg.activations.widths import Widths
@@ -137,11 +137,16 @@ def _nothing() -> None:
 
 
 def records_in(kept: Any) -> Iterator[Record]:
-    """What something is made of."""
-    if isinstance(kept, Coded):
-        yield kept.record
-    elif isinstance(kept, AsComplex):
-        yield from records_in(kept.kept)
-    elif isinstance(kept, (tuple, Remade)):
-        for argument in kept if isinstance(kept, tuple) else kept.making.args:
-            yield from records_in(argument)
+    """What something is made of. Of many things one makes parts, so each is looked into once."""
+    parts, seen = [kept], set[Making]()
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Coded):
+            yield part.record
+        elif isinstance(part, AsComplex):
+            parts.append(part.kept)
+        elif isinstance(part, tuple):
+            parts.extend(part)
+        elif isinstance(part, Remade) and part.making not in seen:
+            seen.add(part.making)
+            parts.extend(part.making.args)
