@@ -57,14 +57,29 @@ class _Counted:
     __slots__ = ("before", "widths")
 
     def __init__(self) -> None:
-        self.widths: dict[object, int] = {}
-        self.before: list[tuple[object, int]] = []
+        self.widths: dict[object, float] = {}
+        self.before: list[tuple[object, float]] = []
 
-    def add(self, what: object, least: int) -> None:
+    def add(self, what: object, least: float) -> None:
         """Count it at this width."""
         until_now = self.widths.get(what, 0)
         self.before.append((what, until_now))
         self.widths[what] = max(least, until_now)
+
+    def work_of_part(self, recipe: Recipe, share: float, work: float) -> float:
+        """The work that a part of what a recipe makes takes: its share, and all parts together no more than all of it.
+
+        Args:
+            recipe: the recipe.
+            share: the part of its result.
+            work: the work for all of it; 0 if that has been counted, for another part.
+        """
+        if share == 1:
+            return work
+        shared, whole = self.widths.get((recipe, "shared"), 0), max(work, self.widths.get((recipe, "work"), 0))
+        self.add((recipe, "shared"), min(shared + share, 1))
+        self.add((recipe, "work"), whole)
+        return min(share, 1 - shared) * whole
 
     def undo(self, mark: int) -> None:
         """Count only the first ``mark`` of them."""
@@ -75,6 +90,9 @@ class _Counted:
 
 _MOST_COUNTED = 256
 """Recipes and tensors to look at, at the most."""
+
+DEEPEST = 32
+"""Ops that a tensor is made of one after another, at the most: each is some calls deep in the backward."""
 
 
 class Cost(NamedTuple):
@@ -182,9 +200,9 @@ class Costs:
                 self.wanted.append((value.number, want, value.wanted[want]))
         return None
 
-    def of_what_there_is(self, ingredient: Ingredient, least: int, *, computed: bool) -> Cost:
+    def of_what_there_is(self, ingredient: Ingredient, least: int, *, computed: bool, depth: int) -> Cost:
         """What it takes to have an ingredient that is still there: no work, if it is kept."""
-        return self.of_ingredient(ingredient, least, math.inf, computed=computed)
+        return self.of_ingredient(ingredient, least, math.inf, computed=computed, depth=depth)
 
     def of_nothing_more(self, recipe: Recipe, layout: Layout, least: int, own: int, nbytes: int) -> Cost | None:
         """What it takes to make a tensor again of what is kept already.
@@ -246,7 +264,14 @@ class Costs:
         return layout.is_rows and together > 0 and together % self._widths.group(layout, bits) == 0
 
     def of_recipe(
-        self, recipe: Recipe, least: int, most: float, counted: _Counted | None = None, *, computed: bool = False
+        self,
+        recipe: Recipe,
+        least: int,
+        most: float,
+        counted: _Counted | None = None,
+        *,
+        computed: bool = False,
+        depth: int = 0,
     ) -> Cost:
         """What a recipe takes.
 
@@ -256,16 +281,19 @@ class Costs:
             most: bytes above which it is of no use.
             counted: what has been counted already, and costs nothing more; what this takes is added.
             computed: whether something is computed of what it makes.
+            depth: how many ops one after another are to follow.
         """
         counted = counted or _Counted()
         computed = computed or recipe.computes_itself
         if counted.widths.get(recipe, 0) >= least:
             return _FREE
+        if depth >= DEEPEST:
+            return _IMPOSSIBLE
         mark = len(counted.before)
         counted.add(recipe, least)
         nbytes, work, finer = 0.0, recipe.work, 0.0
         for ingredient, needed in zip(recipe.ingredients, self.needs(recipe, least), strict=True):
-            cost = self.of_ingredient(ingredient, needed, most - nbytes, counted, computed=computed)
+            cost = self.of_ingredient(ingredient, needed, most - nbytes, counted, computed=computed, depth=depth)
             nbytes += cost.nbytes
             work += cost.work
             finer += cost.finer
@@ -275,7 +303,14 @@ class Costs:
         return Cost(nbytes, work, finer)
 
     def of_ingredient(
-        self, ingredient: Ingredient, least: int, most: float, counted: _Counted | None = None, *, computed: bool
+        self,
+        ingredient: Ingredient,
+        least: int,
+        most: float,
+        counted: _Counted | None = None,
+        *,
+        computed: bool,
+        depth: int,
     ) -> Cost:
         """What one of them takes: nothing, its own code, or its own recipe."""
         if ingredient.free and ingredient.source() is not None:  # most are, and that is asked first
@@ -315,8 +350,8 @@ class Costs:
             share = recipe.share(ingredient.layout.numel * ingredient.dtype.itemsize)
             if gone or self.is_worth(share * recipe.work, worth, nbytes):
                 mark = len(counted.before)
-                cost = self.of_recipe(recipe, least, most, counted, computed=computed)
-                work = share * cost.work
+                cost = self.of_recipe(recipe, least, most, counted, computed=computed, depth=depth + 1)
+                work = counted.work_of_part(recipe, share, cost.work)
                 if cost.nbytes < most and (gone or self.is_worth(work, worth - cost.nbytes + cost.finer, nbytes)):
                     return cost._replace(work=work)
                 counted.undo(mark)

@@ -97,11 +97,13 @@ class Decider:
         question = recipe.value.number, recipe.repeatable.name, *place, rule, least, own_least
         return self._decide(question, lambda: self._costs.of_remaking(recipe, tensor, rule, least, own_least))
 
-    def is_made_again(self, ingredient: Ingredient, least: int, *, computed: bool) -> bool:
+    def is_made_again(self, ingredient: Ingredient, least: int, *, computed: bool, depth: int) -> bool:
         """Whether what there still is of an ingredient is made again, and not kept."""
         layout = ingredient.layout
-        question = ingredient.value.number, layout.offset, layout.shape, least, computed
-        cost = self._decide(question, lambda: self._costs.of_what_there_is(ingredient, least, computed=computed))
+        question = ingredient.value.number, layout.offset, layout.shape, least, computed, depth
+        cost = self._decide(
+            question, lambda: self._costs.of_what_there_is(ingredient, least, computed=computed, depth=depth)
+        )
         return cost is not None and cost.work > 0
 
     def of_nothing_more(self, recipe: Recipe, layout: Layout, least: int, own: int, nbytes: int) -> Cost | None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from lightning_tinykg.activations.books import Books
-from lightning_tinykg.activations.costs import Costs
+from lightning_tinykg.activations.costs import DEEPEST, Costs
 from lightning_tinykg.activations.decisions import Decider
 from lightning_tinykg.activations.forms import Forms
 from lightning_tinykg.activations.hindsight import Hindsight
@@ -176,38 +176,54 @@ class Follower:
         recipe = None if recipe is None else recipe.as_it_was()
         return own if recipe is None else min(self._costs.of_recipe(recipe, 32, own).nbytes, own)
 
-    def _follow(self, recipe: Recipe, least: int, layout: Layout, entry: Entry, *, computed: bool = False) -> Remade:
-        """Keep all that a recipe starts from; every save of what it makes follows it together."""
+    def _follow(
+        self, recipe: Recipe, least: int, layout: Layout, entry: Entry, *, computed: bool = False, depth: int = 0
+    ) -> Remade:
+        """Keep all that a recipe starts from; every save of what it makes follows it together.
+
+        Args:
+            recipe: the recipe.
+            least: the width that what it makes is to be worth.
+            layout: how the save lies on that.
+            entry: whose it is.
+            computed: whether something is computed of it.
+            depth: how many ops one after another that is.
+
+        Raises:
+            _Gone: if there is no way to something that it starts from.
+        """
+        if depth >= DEEPEST:
+            raise _Gone
         widths = self._costs.needs(recipe, least)
         # where it is asked for what is rounded, each save follows for itself, so that its place is noted
-        making = self._noted(recipe, widths) if self._forms.rounded is None else None
+        making = self._noted(recipe, widths, DEEPEST - depth) if self._forms.rounded is None else None
         if making is None:
             needs = dict(zip(recipe.ingredients, widths, strict=True))
-            args = self._argument(recipe.args, needs, entry, computed or recipe.computes_itself)
+            args = self._argument(recipe.args, needs, entry, computed or recipe.computes_itself, depth)
             op = recipe.repeatable.op
             making = Making(op, args, recipe.kwargs, recipe.shape, recipe.stride, recipe.dtype, recipe.autocast)
             recipe.makings[() if making.exact else widths] = weakref.ref(making)
         return Remade(making, layout)
 
     @staticmethod
-    def _noted(recipe: Recipe, widths: tuple[int, ...]) -> Making | None:
+    def _noted(recipe: Recipe, widths: tuple[int, ...], deepest: int) -> Making | None:
         """How it is made again for another save: to the last bit, or of the same widths."""
         for key in ((), widths):
             noted = recipe.makings.get(key)
             making = None if noted is None else noted()
-            if making is not None:
+            if making is not None and making.depth <= deepest:
                 return making
         return None
 
-    def _argument(self, argument: Any, needs: dict[Ingredient, int], entry: Entry, computed: bool) -> Any:
+    def _argument(self, argument: Any, needs: dict[Ingredient, int], entry: Entry, computed: bool, depth: int) -> Any:
         """What is kept in an argument's place: of tensors a form, of tuples what is in them, all else itself."""
         if isinstance(argument, tuple):
-            return tuple([self._argument(item, needs, entry, computed) for item in argument])
+            return tuple([self._argument(item, needs, entry, computed, depth) for item in argument])
         if not isinstance(argument, Ingredient):
             return argument
-        return self._ingredient(argument, needs[argument], entry, computed)
+        return self._ingredient(argument, needs[argument], entry, computed, depth)
 
-    def _ingredient(self, ingredient: Ingredient, least: int, entry: Entry, computed: bool) -> Kept:
+    def _ingredient(self, ingredient: Ingredient, least: int, entry: Entry, computed: bool, depth: int) -> Kept:
         """Keep one ingredient: by reference if it is free, else in an entry of its own, or by its own recipe.
 
         Raises:
@@ -221,10 +237,10 @@ class Follower:
             if record.bits < 32:
                 record.reference, record.bits = Reference.to(layout.run(tensor), entry.op), 32
         elif record is None:
-            if tensor is None or self._decider.is_made_again(ingredient, least, computed=computed):
+            if tensor is None or self._decider.is_made_again(ingredient, least, computed=computed, depth=depth):
                 if ingredient.recipe is None:
                     raise _Gone
-                return self._follow(ingredient.recipe, least, layout, entry, computed=computed)
+                return self._follow(ingredient.recipe, least, layout, entry, computed=computed, depth=depth + 1)
             name = f"{entry.op} {'from' if ingredient.floating else 'index'}"
             record = self._forms.value(tensor, least, self._books.enter(entry.module, name, "", tensor)).record
         if record.reference is not None:

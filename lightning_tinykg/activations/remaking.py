@@ -37,6 +37,7 @@ class Making:
         asked: how many of them had it in this backward.
         made: what it made, while it is held.
         exact: whether nothing that it is made of is rounded.
+        depth: how many ops it is made by, one after another.
     """
 
     op: Callable[..., Tensor]
@@ -50,9 +51,11 @@ class Making:
     asked: int = 0
     made: Tensor | None = None
     exact: bool = field(init=False)
+    depth: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.exact = _is_exact(self.args)
+        self.depth = 1 + _depth(self.args)
 
     def run(self, workspace: Workspace) -> tuple[Tensor, bool]:
         """Make the tensor.
@@ -116,6 +119,12 @@ def _is_exact(argument: Any) -> bool:
     if isinstance(argument, Remade):
         return argument.making.exact
     return not isinstance(argument, Coded) or argument.record.bits == 32
+
+
+def _depth(argument: Any) -> int:
+    if isinstance(argument, tuple):
+        return max(map(_depth, argument), default=0)
+    return argument.making.depth if isinstance(argument, Remade) else 0
 
 
 def _places(items: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
