@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -88,20 +89,25 @@ def plot_tuning(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw what each trial of a search reached by its learning rate and its L2; what was chosen by hand is a star.
 
     Args:
-        rows: the trials of all models.
+        rows: the trials of all models; of each data set there is a row of plots.
         path: of the image.
     """
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, 2, sharey=True), ("lr", "l2"), strict=True):
-        for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
-            own = [row for row in rows if row["model"] == model]
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    figure = Figure(figsize=(11, 0.6 + 3.6 * len(sets)), layout="constrained")
+    plots = figure.subplots(len(sets), 2, sharey="row", squeeze=False)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for axes, (of, setting) in zip(plots.flat, product(sets, ("lr", "l2")), strict=True):
+        for number, model in enumerate(models):
+            own = [row for row in rows if (row["model"], row["set"]) == (model, of)]
+            if not own:
+                continue
             for marker, some in (("o", own), ("*", [row for row in own if row["trial"] == 0])):
                 places, heights = [row["tuned"][setting] for row in some], [row["best"] for row in some]
                 named = model if marker == "o" else None
                 axes.scatter(places, heights, 24 if named else 160, f"C{number}", marker, label=named)
         axes.set_xscale("log")
-        axes.set_xlabel(setting)
-    axes.legend(fontsize=7, frameon=False)
+        axes.set_xlabel(f"{setting}, {of}")
+        axes.legend(fontsize=7, frameon=False)
     figure.suptitle("best validation Recall@20 of each trial; a star: chosen by hand", fontsize=10)
     _save(figure, path)
 

@@ -131,6 +131,26 @@ def tuning_table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def tuning_commands(rows: list[Row]) -> list[str]:
+    """What makes these trials: a command for each data set.
+
+    Example:
+        >>> run = {"model": "kgat", "set": "ml-1m", "trial": 3, "settings": {"patience": 10}}
+        >>> print(*tuning_commands([run]))
+        python examples/reproduce/tuning.py --data PATH/TO/DATA --set ml-1m --models kgat --trials 4 --patience 10
+    """
+    found = []
+    for of in dict.fromkeys(row["set"] for row in rows):
+        own = [row for row in rows if row["set"] == of]
+        models = " ".join(dict.fromkeys(row["model"] for row in own))
+        count, patience = 1 + max(row["trial"] for row in own), own[0]["settings"]["patience"]
+        found.append(
+            f"python examples/reproduce/tuning.py --data PATH/TO/DATA --set {of} --models {models} --trials {count} "
+            f"--patience {patience}"
+        )
+    return found
+
+
 def commands(rows: list[Row]) -> list[str]:
     """What makes these runs: a command for each set of seeds, and each kind of device.
 
@@ -210,10 +230,8 @@ def render(results: Path, docs: Path) -> list[Path]:
         image = docs / "results-tuning.png"
         plot_tuning(trials, image)
         written.append(image)
-        models = " ".join(dict.fromkeys(row["model"] for row in trials))
-        count = 1 + max(row["trial"] for row in trials)
-        command = f"python examples/reproduce/tuning.py --data PATH/TO/DATA --models {models} --trials {count}"
-        parts.append(f"## Tuning\n\n```bash\n{command}\n```\n\n{tuning_table(trials)}\n\n![tuning]({image.name})")
+        shown = "\n".join(tuning_commands(trials))
+        parts.append(f"## Tuning\n\n```bash\n{shown}\n```\n\n{tuning_table(trials)}\n\n![tuning]({image.name})")
         parts.append(_words(results / "tuning.md"))
     parts.append(_words(results / "after.md"))
     page = docs / "results.md"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_tinykg.activations.counted import Counted
 from lightning_tinykg.activations.keeping import Record
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
 from lightning_tinykg.activations.repeatable import (
@@ -44,48 +45,6 @@ class Worth(NamedTuple):
 RECOMPUTE = {"off": Worth(0, 0), "cheap": Worth(96, 20), "aggressive": Worth(1000, 1000)}
 """By setting: what work is done. Twenty passes are three narrow layers
 with their activations, or one that adds up two."""
-
-
-class _Counted:
-    """Recipes and storages that are counted already, each at the largest width so far; wants that are, at 1.
-
-    Attributes:
-        widths: the widths.
-        before: what was counted, one after the other, and the width that it was counted at until then.
-    """
-
-    __slots__ = ("before", "widths")
-
-    def __init__(self) -> None:
-        self.widths: dict[object, float] = {}
-        self.before: list[tuple[object, float]] = []
-
-    def add(self, what: object, least: float) -> None:
-        """Count it at this width."""
-        until_now = self.widths.get(what, 0)
-        self.before.append((what, until_now))
-        self.widths[what] = max(least, until_now)
-
-    def work_of_part(self, recipe: Recipe, share: float, work: float) -> float:
-        """The work that a part of what a recipe makes takes: its share, and all parts together no more than all of it.
-
-        Args:
-            recipe: the recipe.
-            share: the part of its result.
-            work: the work for all of it; 0 if that has been counted, for another part.
-        """
-        if share == 1:
-            return work
-        shared, whole = self.widths.get((recipe, "shared"), 0), max(work, self.widths.get((recipe, "work"), 0))
-        self.add((recipe, "shared"), min(shared + share, 1))
-        self.add((recipe, "work"), whole)
-        return min(share, 1 - shared) * whole
-
-    def undo(self, mark: int) -> None:
-        """Count only the first ``mark`` of them."""
-        while len(self.before) > mark:
-            what, bits = self.before.pop()
-            self.widths[what] = bits
 
 
 _MOST_COUNTED = 256
@@ -268,7 +227,7 @@ class Costs:
         recipe: Recipe,
         least: int,
         most: float,
-        counted: _Counted | None = None,
+        counted: Counted | None = None,
         *,
         computed: bool = False,
         depth: int = 0,
@@ -283,7 +242,7 @@ class Costs:
             computed: whether something is computed of what it makes.
             depth: how many ops one after another are to follow.
         """
-        counted = counted or _Counted()
+        counted = counted or Counted()
         computed = computed or recipe.computes_itself
         if counted.widths.get(recipe, 0) >= least:
             return _FREE
@@ -307,7 +266,7 @@ class Costs:
         ingredient: Ingredient,
         least: int,
         most: float,
-        counted: _Counted | None = None,
+        counted: Counted | None = None,
         *,
         computed: bool,
         depth: int,
@@ -315,7 +274,7 @@ class Costs:
         """What one of them takes: nothing, its own code, or its own recipe."""
         if ingredient.free and ingredient.source() is not None:  # most are, and that is asked first
             return _FREE
-        counted = counted or _Counted()
+        counted = counted or Counted()
         least = least if ingredient.floating else 32
         if self.kept(ingredient, least) is not None:
             return _FREE

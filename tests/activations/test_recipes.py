@@ -24,12 +24,8 @@ from torch_geometric.utils import scatter, softmax
 from lightning_tinykg import BitPlan, Ledger, compress_activations
 from lightning_tinykg.activations import remaking
 from lightning_tinykg.activations.calling import not_in_the_result
-from lightning_tinykg.activations.costs import DEEPEST, Cost, Costs
-from lightning_tinykg.activations.hindsight import records_in
-from lightning_tinykg.activations.keeping import Coded, Record
-from lightning_tinykg.activations.remaking import Making, Remade
-from lightning_tinykg.activations.repeatable import FLOPS_PER_BYTE, Repeatable
-from lightning_tinykg.activations.storages import Layout
+from lightning_tinykg.activations.costs import Cost, Costs
+from lightning_tinykg.activations.repeatable import Repeatable
 from lightning_tinykg.activations.values import Values
 from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.bits import PlanEntry
@@ -247,20 +243,6 @@ def test_what_is_random_is_not_made_again() -> None:
         return weighted(noisy.exp() * torch.randn_like(x).exp())
 
     assert_exact(loss, [a], 32)
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[remaking.Making]:
-    """What was made again, as often as it was."""
-    found: list[remaking.Making] = []
-    run = remaking.Making._run
-
-    def noted(self: remaking.Making, workspace: Any) -> Tensor:
-        found.append(self)
-        return run(self, workspace)
-
-    monkeypatch.setattr(remaking.Making, "_run", noted)
-    return found
 
 
 def test_it_is_made_once_for_all_that_ask(runs: list[remaking.Making]) -> None:
@@ -1055,57 +1037,6 @@ def test_the_sums_of_all_relations_are_made_of_one_table(bits: int) -> None:
         return ledger.stored_bytes
 
     assert stored("cheap") < 0.55 * stored("off")
-
-
-class Recurrent(nn.Module):
-    """An LSTM by hand: its gates are parts of one product, and each step is made of the one before it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.of_input, self.of_state = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        state = memory = torch.zeros_like(inputs[0])
-        for x in inputs:
-            gates = self.of_input(x) + self.of_state(state)
-            write, keep, new, read = gates.chunk(4, dim=-1)
-            memory = keep.sigmoid() * memory + write.sigmoid() * new.tanh()
-            state = read.sigmoid() * memory.tanh()
-        return state
-
-
-@pytest.mark.parametrize(("bits", "ratio"), [(32, 5.8), (8, 9), (4, 11), (2, 12)])
-def test_what_is_made_of_what_came_before_is_not_made_from_the_start(
-    bits: int, ratio: float, runs: list[remaking.Making]
-) -> None:
-    """Each op that it is made by is some calls deep in the backward: in exact mode 80 steps were too many of them."""
-    torch.manual_seed(0)
-    model, inputs = Recurrent(32), torch.randn(80, 64, 32)
-    with compress_activations(bits, min_bytes=0) as ledger:
-        loss = weighted(model(inputs))
-    loss.backward()
-    assert ledger.ratio > ratio
-    assert 1 < max(making.depth for making in runs) <= DEEPEST
-
-
-def test_all_parts_of_what_is_made_take_all_the_work() -> None:
-    """Each of them a quarter of it, also where one tensor is made of all four."""
-    x, layer = torch.randn(200, 16, requires_grad=True), nn.Linear(16, 256)
-    with compress_activations(32) as ledger:
-        first, second, third, fourth = layer(x).chunk(4, dim=-1)
-        weighted((first + second + third + fourth).exp())
-    (entry,) = [entry for entry in ledger if entry.op == "Exp.result"]
-    product = (1 + 16 / FLOPS_PER_BYTE) * 200 * 256 * 4
-    assert product < entry.work < 2 * product
-
-
-def test_what_something_is_made_of_is_looked_into_once() -> None:
-    """And not by every way to it, of which there may be more than a training lasts."""
-    layout = Layout.of(torch.ones(3))
-    kept: Any = Coded(Record(StorageWeakRef(torch.ones(3).untyped_storage())), layout)
-    for _ in range(16):
-        kept = Remade(Making(torch.add, (kept, kept), {}, (3,), None, torch.float32, None), layout)
-    assert len(list(records_in(kept))) == 2  # the first op is given it twice
 
 
 def test_what_three_are_wanted_for_is_not_worth_each_of_them() -> None:
