@@ -9,25 +9,13 @@ from torch import Tensor
 
 from lightning_tinykg.activations.counted import Counted
 from lightning_tinykg.activations.keeping import Record
+from lightning_tinykg.activations.precision import Precision
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
-from lightning_tinykg.activations.repeatable import (
-    BOUNDED,
-    COPIED,
-    DIFFERENCE,
-    EXACT,
-    LINEAR,
-    PRODUCT,
-    QUOTIENT,
-    ROWS,
-    SAME,
-    SATURATES,
-    SUM,
-)
+from lightning_tinykg.activations.repeatable import COPIED
 from lightning_tinykg.activations.rules import SIGN, Rule, Side
 from lightning_tinykg.activations.storages import Layout, in_32_bits
 from lightning_tinykg.activations.values import Value
-from lightning_tinykg.activations.widths import NARROW, Widths
-from lightning_tinykg.codecs.affine import FINE_BITS
+from lightning_tinykg.activations.widths import Widths
 
 
 class Worth(NamedTuple):
@@ -100,11 +88,13 @@ class Costs:
     Attributes:
         judging: what the last decision was judged by.
         wanted: what it would have been made of, had it not been for its own code: by number, by whom, and the bytes.
+        precision: how exact it has to be made.
     """
 
     def __init__(self, widths: Widths, recompute: str) -> None:
         self.judging = Judging()
         self.wanted: list[tuple[int, object, int]] = []
+        self.precision = Precision(widths)
         self._widths = widths
         self._worth = RECOMPUTE[recompute]
         # what the cost that is being counted would be paid for; whether something is computed of it
@@ -180,48 +170,6 @@ class Costs:
         work = recipe.share(layout.numel * recipe.dtype.itemsize) * cost.work
         return Cost(0, work) if cost.nbytes == 0 and self.is_worth(work, own, nbytes) else None
 
-    def needs(self, recipe: Recipe, least: int) -> tuple[int, ...]:
-        """The least width of each ingredient, so that what is made of them is worth ``least`` bits."""
-        asked = least, self._widths.bits, self._widths.literal
-        found = recipe.needs.get(asked)
-        if found is None:
-            found = recipe.needs[asked] = tuple([self._needed(recipe, i, least) for i in recipe.ingredients])
-        return found
-
-    def _needed(self, recipe: Recipe, ingredient: Ingredient, least: int) -> int:
-        carries = recipe.repeatable.carries
-        if least == 32 or carries is SAME:
-            return least
-        first = ingredient is recipe.args[0]
-        if carries in (SUM, DIFFERENCE):
-            carries = EXACT if _may_cancel(recipe) else LINEAR
-        elif carries is QUOTIENT:
-            carries = LINEAR if first else EXACT
-        elif carries is PRODUCT:
-            others = [i for i in recipe.ingredients if i is not ingredient]
-            most = ingredient.layout.numel // NARROW
-            if all(i.free or i.layout.numel <= most for i in others):
-                carries = LINEAR
-            else:  # of two rounded elements the error is as large as they are, and their product may be smaller;
-                # in a plan of saves each has a width of its own
-                carries = EXACT if recipe.repeatable.adds_up or self._widths.literal else SATURATES
-        elif carries is ROWS:
-            carries = LINEAR if first and self._is_by_rows(recipe, ingredient, max(least, 8)) else EXACT
-        if self._widths.literal and carries is not EXACT:  # what that costs the gradient has been measured
-            return least
-        if carries is LINEAR:
-            return self._widths.raised(least)
-        # the result's range may be far smaller than the arguments': 8 bits of these may be 4 of it, and 12 may be 8
-        if carries is BOUNDED or (carries is SATURATES and least <= 4):
-            return max(least, 8)
-        return max(least, FINE_BITS) if carries is SATURATES else 32
-
-    def _is_by_rows(self, recipe: Recipe, ingredient: Ingredient, bits: int) -> bool:
-        """Whether each row of what a recipe normalizes has scales of its own."""
-        layout, row = ingredient.layout, recipe.repeatable.row
-        together = 0 if row is None else row(*recipe.args)
-        return layout.is_rows and together > 0 and together % self._widths.group(layout, bits) == 0
-
     def of_recipe(
         self,
         recipe: Recipe,
@@ -244,14 +192,14 @@ class Costs:
         """
         counted = counted or Counted()
         computed = computed or recipe.computes_itself
-        if counted.widths.get(recipe, 0) >= least:
+        if counted.amounts.get(recipe, 0) >= least:
             return _FREE
         if depth >= DEEPEST:
             return _IMPOSSIBLE
         mark = len(counted.before)
         counted.add(recipe, least)
         nbytes, work, finer = 0.0, recipe.work, 0.0
-        for ingredient, needed in zip(recipe.ingredients, self.needs(recipe, least), strict=True):
+        for ingredient, needed in zip(recipe.ingredients, self.precision.of_ingredients(recipe, least), strict=True):
             cost = self.of_ingredient(ingredient, needed, most - nbytes, counted, computed=computed, depth=depth)
             nbytes += cost.nbytes
             work += cost.work
@@ -280,7 +228,7 @@ class Costs:
             return _FREE
         gone = ingredient.source() is None
         # what has been counted may be another view of it, which is of no use to one that is gone
-        if not gone and counted.widths.get((ingredient.value, ingredient.version), 0) >= least:
+        if not gone and counted.amounts.get((ingredient.value, ingredient.version), 0) >= least:
             return _FREE
         own = worth = math.inf
         finer = 0.0
@@ -296,7 +244,7 @@ class Costs:
             # not asked for again; and not for another of what they are made of once more.
             if own <= 2 * self.judging.worth_of(computed):
                 for want, saves in ingredient.value.wanted.items():
-                    if own > 0 and not counted.widths.get(want):
+                    if own > 0 and not counted.amounts.get(want):
                         own = max(own - saves, 0)
                         wants.append(want)
             if computed and coded and ingredient.lingers:
@@ -352,12 +300,3 @@ class Costs:
         if least == 32:
             return raw
         return min(self._widths.size(layout, least), raw)
-
-
-def _may_cancel(recipe: Recipe) -> bool:
-    """Whether a sum or a difference is of two tensors, one of which is taken from the other."""
-    if len(recipe.ingredients) < 2:
-        return False
-    if recipe.repeatable.carries is DIFFERENCE or recipe.kwargs.get("alpha", 1) < 0:
-        return True
-    return any(i.recipe is not None and i.recipe.is_negative for i in recipe.ingredients)

@@ -6,24 +6,25 @@ from lightning_tinykg.activations.recipes import Recipe
 
 
 class Counted:
-    """Recipes and storages that are counted already, each at the largest width so far; wants that are, at 1.
+    """What has been counted, each at the most so far.
 
     Attributes:
-        widths: the widths.
-        before: what was counted, one after the other, and the width that it was counted at until then.
+        amounts: of a recipe or a storage the width, of a want 1; of a recipe of which parts are counted, their share
+            (under it and ``"shared"``) and the work for all of them (``"work"``).
+        before: what was counted, one after the other, and the amount until then.
     """
 
-    __slots__ = ("before", "widths")
+    __slots__ = ("amounts", "before")
 
     def __init__(self) -> None:
-        self.widths: dict[object, float] = {}
+        self.amounts: dict[object, float] = {}
         self.before: list[tuple[object, float]] = []
 
-    def add(self, what: object, least: float) -> None:
-        """Count it at this width."""
-        until_now = self.widths.get(what, 0)
+    def add(self, what: object, amount: float) -> None:
+        """Count so much of it."""
+        until_now = self.amounts.get(what, 0)
         self.before.append((what, until_now))
-        self.widths[what] = max(least, until_now)
+        self.amounts[what] = max(amount, until_now)
 
     def work_of_part(self, recipe: Recipe, share: float, work: float) -> float:
         """The work that a part of what a recipe makes takes: its share, and all parts together no more than all of it.
@@ -35,7 +36,7 @@ class Counted:
         """
         if share == 1:
             return work
-        shared, whole = self.widths.get((recipe, "shared"), 0), max(work, self.widths.get((recipe, "work"), 0))
+        shared, whole = self.amounts.get((recipe, "shared"), 0), max(work, self.amounts.get((recipe, "work"), 0))
         self.add((recipe, "shared"), min(shared + share, 1))
         self.add((recipe, "work"), whole)
         return min(share, 1 - shared) * whole
@@ -43,5 +44,5 @@ class Counted:
     def undo(self, mark: int) -> None:
         """Count only the first ``mark`` of them."""
         while len(self.before) > mark:
-            what, bits = self.before.pop()
-            self.widths[what] = bits
+            what, amount = self.before.pop()
+            self.amounts[what] = amount

@@ -15,7 +15,8 @@ from lightning_tinykg.activations.forms import Forms
 from lightning_tinykg.activations.hindsight import Hindsight
 from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Reference, Saved
 from lightning_tinykg.activations.ledger import Entry
-from lightning_tinykg.activations.recipes import Ingredient, Recipe, RecipeBook
+from lightning_tinykg.activations.recipe_book import RecipeBook
+from lightning_tinykg.activations.recipes import Ingredient, Recipe
 from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, ROWS
 from lightning_tinykg.activations.rules import ANGLE, SIGN, SMOOTH, Need, Rule
@@ -194,7 +195,7 @@ class Follower:
         """
         if depth >= DEEPEST:
             raise _Gone
-        widths = self._costs.needs(recipe, least)
+        widths = self._costs.precision.of_ingredients(recipe, least)
         # where it is asked for what is rounded, each save follows for itself, so that its place is noted
         making = self._noted(recipe, widths, DEEPEST - depth) if self._forms.rounded is None else None
         if making is None:

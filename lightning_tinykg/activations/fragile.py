@@ -11,93 +11,19 @@ what an addition, a clamp or an index makes of it: for ``log(1 - z)`` it is kept
 from __future__ import annotations
 
 import weakref
-from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_tinykg.activations.forms import Forms
+from lightning_tinykg.activations.functions import Function
+from lightning_tinykg.activations.keeping import Record
 from lightning_tinykg.activations.storages import is_plain, ordinary, storage_id, tensors_in, viewed
-
-if TYPE_CHECKING:
-    from lightning_tinykg.activations.forms import Forms
-    from lightning_tinykg.activations.functions import Function
-    from lightning_tinykg.activations.keeping import Record
 
 FRAGILE = frozenset({"Sigmoid.result", "Softmax.result", "Exp.result", "Exp2.result", "Expm1.result"})
 """Saves that are fragile."""
-
-
-def _with_operators(*names: str) -> frozenset[str]:
-    return frozenset({*names, *(f"{n}_" for n in names), *(f"__{r}{n}__" for n in names for r in ("", "r", "i"))})
-
-
-_AMPLIFYING = _with_operators(
-    "log", "log2", "log10", "log1p", "logit", "reciprocal", "sqrt", "rsqrt", "pow", "binary_cross_entropy"
-)
-"""Uses that blow up an error: a logarithm, a root, a reciprocal. So does a quotient, its divisor's."""
-
-_LEADING = _with_operators(
-    "add", "sub", "subtract", "rsub", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "nan_to_num",
-    "gather", "take_along_dim", "where", "getitem", "index_select", "masked_fill", "masked_select", "select",
-    "threshold", "max", "min", "amax", "amin", "cat", "stack",
-)  # fmt: skip  # a table, read as one
-"""Uses whose result may be given to such an op: what shifts, bounds or picks."""
-
-_QUOTIENTS = frozenset({"div", "divide", "true_divide", "div_", "__truediv__"})
-
-
-class Amplified(Enum):
-    """Which arguments of a function have their error blown up, or may have by what it leads to."""
-
-    NONE = "none"
-    ALL = "all"
-    PICKED = "all, if anything is picked"
-    FIRST = "the first"
-    SECOND = "the second"
-
-    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """These arguments.
-
-        Example:
-            >>> [amplified_by(name).of((1, 2), {}) for name in ("add", "mul", "div")]
-            [(1, 2), (), (2,)]
-        """
-        if self is Amplified.NONE or (self is Amplified.PICKED and _is_view(args[1])):
-            return ()
-        if self is Amplified.FIRST:
-            return args[:1]
-        if self is Amplified.SECOND:
-            return (*args[1:], kwargs.get("other"))[:1]
-        return (*args, *kwargs.values())
-
-
-def amplified_by(name: str) -> Amplified:
-    """Which of a function's arguments are amplified, by its name."""
-    if name == "__getitem__":
-        return Amplified.PICKED
-    if name in _AMPLIFYING or name in _LEADING:
-        return Amplified.ALL
-    if name in _QUOTIENTS:
-        return Amplified.SECOND
-    return Amplified.FIRST if name in ("__rtruediv__", "__rdiv__") else Amplified.NONE
-
-
-def only_leads(name: str) -> bool:
-    """Whether a function, by its name, blows up no error itself, but what it is given its result may.
-
-    Example:
-        >>> only_leads("clamp"), only_leads("log")
-        (True, False)
-    """
-    return name in _LEADING
-
-
-def _is_view(index: Any) -> bool:
-    """Whether an index only rearranges: ``x[..., None]`` picks nothing."""
-    items = index if isinstance(index, tuple) else (index,)
-    return all(item is None or item is Ellipsis or (isinstance(item, slice) and item == slice(None)) for item in items)
 
 
 class _Rounded(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tinykg.activations.fragile import Amplified, amplified_by, only_leads
+from lightning_tinykg.activations.amplifying import Amplified, amplified_by, only_leads
 
 _BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _ASKS = frozenset(

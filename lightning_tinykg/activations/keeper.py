@@ -30,7 +30,7 @@ from lightning_tinykg.activations.keeping import (
     Saved,
 )
 from lightning_tinykg.activations.ledger import Entry, Ledger
-from lightning_tinykg.activations.recipes import RecipeBook
+from lightning_tinykg.activations.recipe_book import RecipeBook
 from lightning_tinykg.activations.remaking import Remade
 from lightning_tinykg.activations.rules import (
     ANGLE,
