@@ -52,6 +52,19 @@ def folded(describe: Describe) -> Describe:
     return described
 
 
+def rows_that_need_a_gradient(*names: str) -> Describe:
+    """Of a linear layer, as :func:`by_name`: of rows that don't lie in order it is one product where they need one."""
+    describe = by_name(*names)
+
+    def described(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        call = describe(args, kwargs)
+        x = None if call is None else call[0][0]
+        folds = isinstance(x, Tensor) and (x.dim() < 3 or x.is_contiguous() or x.requires_grad)
+        return call if folds else None
+
+    return described
+
+
 def by_name(*names: str) -> Describe:
     """Positional arguments throughout, missing ones at the end left out, those between None."""
 

@@ -228,7 +228,7 @@ class Costs:
             return _FREE
         gone = ingredient.source() is None
         # what has been counted may be another view of it, which is of no use to one that is gone
-        if not gone and counted.amounts.get((ingredient.value, ingredient.version), 0) >= least:
+        if not gone and counted.amounts.get(_run(ingredient), 0) >= least:
             return _FREE
         own = worth = math.inf
         finer = 0.0
@@ -266,8 +266,7 @@ class Costs:
             self._paid_for.append((ingredient.value, computed))
             for want in wants:
                 counted.add(want, 1)
-            if ingredient.layout.offset == 0:
-                counted.add((ingredient.value, ingredient.version), least)
+            counted.add(_run(ingredient), least)
         return Cost(own, 0, finer)
 
     def is_worth(self, work: float, saved: float, nbytes: int) -> bool:
@@ -300,3 +299,8 @@ class Costs:
         if least == 32:
             return raw
         return min(self._widths.size(layout, least), raw)
+
+
+def _run(ingredient: Ingredient) -> tuple[object, ...]:
+    """The run of elements that it is: other parts of its storage have codes of their own."""
+    return ingredient.value, ingredient.version, ingredient.layout.offset, ingredient.layout.numel

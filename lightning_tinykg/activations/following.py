@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -13,17 +13,17 @@ from lightning_tinykg.activations.costs import DEEPEST, Costs
 from lightning_tinykg.activations.decisions import Decider
 from lightning_tinykg.activations.forms import Forms
 from lightning_tinykg.activations.hindsight import Hindsight
-from lightning_tinykg.activations.keeping import Coded, Kept, Levels, Reference, Saved
+from lightning_tinykg.activations.keeping import Coded, Kept, Reference, Saved
 from lightning_tinykg.activations.ledger import Entry
 from lightning_tinykg.activations.recipe_book import RecipeBook
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
 from lightning_tinykg.activations.remaking import Making, Remade
-from lightning_tinykg.activations.repeatable import DROPOUT, FUSED_DROPOUT, ROWS
+from lightning_tinykg.activations.repeatable import ROWS
 from lightning_tinykg.activations.rules import ANGLE, SIGN, SMOOTH, Need, Rule
-from lightning_tinykg.activations.storages import Layout, is_plain, node_name
+from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.values import Value, Values
 from lightning_tinykg.activations.widths import Widths
-from lightning_tinykg.activations.within import made_within
+from lightning_tinykg.activations.within import Made, dropped, made_within
 from lightning_tinykg.codecs.affine import FINE_BITS
 
 _MOST_FRAGILE = 64
@@ -101,25 +101,20 @@ class Follower:
             seen.update(more)
 
     def observe_dropout(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        """A dropout has run, and its mask is kept: that is all it takes to repeat it."""
-        x, node = args[0] if args else kwargs.get("input"), cast(Any, out.grad_fn)
-        name = "" if node is None else node_name(node)
-        if not isinstance(x, Tensor) or name not in ("Mul", "NativeDropout") or not is_plain(out):
-            return
-        fused = name == "NativeDropout"
-        saved = (node._raw_saved_result1 if fused else node._raw_saved_other).data
-        mask = saved.kept if isinstance(saved, Saved) else None
-        if fused and mask is not None and self._widths.bits < 32:
-            self.recipes.write(FUSED_DROPOUT, (x, mask, 1 / (1 - node._saved_p)), {}, out)
-        elif not fused and isinstance(mask, Levels):
-            self.recipes.write(DROPOUT, (x, mask), {}, out)
+        """A dropout has run, and its mask is kept."""
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor):
+            self.write(dropped(x, out.grad_fn, out))
+
+    def write(self, made: Made | None) -> None:
+        """Write down how an op has made a tensor within, if that is known and can be done as it was."""
+        if made is not None and not (made[0].rounds and self._widths.bits == 32):
+            self.recipes.write(*made, within=True)
 
     def observe_within(self, op: str, node: Any, attribute: str, tensor: Tensor, given: Any) -> None:
         """An op has saved a tensor that it may have made for itself: write down how."""
         if self.recipes.find(tensor) is None:
-            described = made_within(op, node, attribute, tensor, *given)
-            if described is not None:
-                self.recipes.write(*described)
+            self.write(made_within(op, node, attribute, tensor, *given))
 
     def remade(
         self,

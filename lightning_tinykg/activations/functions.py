@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lightning_tinykg.activations.amplifying import Amplified, amplified_by, only_leads
 
@@ -27,6 +30,9 @@ _ATTRIBUTES = frozenset(
 )
 """Attributes that do so."""
 
+_OPENED = (functional.multi_head_attention_forward,)
+"""Functions of PyTorch's that are written in Python, of many ops each of which saves something."""
+
 _OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 
 
@@ -37,6 +43,7 @@ class Function:
     Attributes:
         name: its name, as the ledger and the rules have it.
         asks: whether it only tells something of a tensor: its size, its dtype.
+        opens: whether the ops that it is made of are seen one by one: see :func:`opened`.
         reads: whether it is an attribute's getter, which saves nothing.
         of_data: whether it gets or sets ``data``: two tensors have the same memory then, and versions of their own.
         backward: whether it runs a backward.
@@ -51,6 +58,7 @@ class Function:
 
     name: str
     asks: bool
+    opens: bool
     reads: bool
     of_data: bool
     backward: bool
@@ -101,6 +109,7 @@ def function_of(func: Any) -> Function:
     return Function(
         name=getattr(func, "__name__", ""),
         asks=name in _ASKS or (reads and attribute in _ATTRIBUTES),
+        opens=func in _OPENED and "has_torch_function" in func.__code__.co_names,
         reads=reads,
         of_data=attribute == "data",
         backward=func in _BACKWARDS,
@@ -112,6 +121,20 @@ def function_of(func: Any) -> Function:
         amplified=amplified,
         only_leads=only_leads(name),
     )
+
+
+def opened(func: Any) -> Callable[..., Any]:
+    """A function of PyTorch's as if it stood in the user's code: what it calls is seen, and not it.
+
+    It asks first whether anybody watches, and if so is handed over whole. Here the answer is no.
+
+    Args:
+        func: a function that ``opens``; what it calls is looked up when it is called, since that may be replaced.
+    """
+    unwatched = func.__globals__ | {"has_torch_function": lambda tensors: False}
+    body = FunctionType(func.__code__, unwatched, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
 
 
 def _place_of_inplace(func: Any) -> int | None:

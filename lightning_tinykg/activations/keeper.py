@@ -58,6 +58,7 @@ from lightning_tinykg.activations.storages import (
 )
 from lightning_tinykg.activations.values import Values
 from lightning_tinykg.activations.widths import StepSize, Widths, is_narrow
+from lightning_tinykg.activations.within import Made
 from lightning_tinykg.activations.workspace import Workspace
 from lightning_tinykg.bits.plan import BitPlan
 from lightning_tinykg.codecs.affine import FLOAT_DTYPES, quantize
@@ -151,6 +152,11 @@ class Keeper:
         """A dropout has run, and what it saved is kept."""
         if self._follower is not None:
             self._follower.observe_dropout(args, kwargs, out)
+
+    def observe_made(self, made: Made | None) -> None:
+        """How something was made that an op saves and nobody else has seen."""
+        if self._follower is not None:
+            self._follower.write(made)
 
     def finish(self) -> None:
         """The forward is over: leave out of the count what the user still holds, and let go of everything."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from lightning_tinykg.activations.functions import function_of
+from lightning_tinykg.activations.attention import ATTENTION, Attention
+from lightning_tinykg.activations.functions import function_of, opened
 from lightning_tinykg.activations.keeper import Keeper
 from lightning_tinykg.activations.keeping import Reference, Saved, not_compiled
 from lightning_tinykg.activations.ledger import Entry
@@ -100,6 +101,9 @@ class Observer(TorchFunctionMode):
         function = function_of(func)
         if function.asks:
             return func(*args, **kwargs)
+        if function.opens:
+            with self:
+                return opened(func)(*args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return self._transformed(func, args, kwargs)
         # saved by something that is no op: a custom function, a compiled graph (which reads attributes first)
@@ -136,7 +140,7 @@ class Observer(TorchFunctionMode):
                 self._claim(tensors_in(seen if made is None else made), seen, function.name)
         return out
 
-    def _claim(self, roots: Iterable[Tensor], given: Any, op: str) -> None:
+    def _claim(self, roots: list[Tensor], given: Any, op: str) -> None:
         """Encode the pending saves that the graph of ``roots`` names.
 
         Args:
@@ -146,6 +150,10 @@ class Observer(TorchFunctionMode):
         """
         with _aside():
             pending = {id(saved): saved for reference in self._pending if (saved := reference()) is not None}
+            if op == ATTENTION and given is not None and (attention := Attention.of(roots[0], *given)) is not None:
+                for node, made in attention.steps():
+                    self.keeper.observe_made(made)
+                    self._keep_all_of(node, pending, given, op)
             hidden = self._name(pending, roots, given, op)
             if pending:  # a node that nothing leads to, of a check within the op, is held by its own result
                 hidden |= self._name(pending, [saved.raw() for saved in pending.values()], given, op)
@@ -163,7 +171,7 @@ class Observer(TorchFunctionMode):
             if not self._pending and given is not None:  # else it may be in a custom function, whose node is older
                 self._floor = torch.autograd._get_sequence_nr()
 
-    def _name(self, pending: dict[int, Saved], roots: Iterable[Tensor], given: Any, op: str) -> bool:
+    def _name(self, pending: dict[int, Saved], roots: list[Tensor], given: Any, op: str) -> bool:
         """Keep those pending saves that the graph of ``roots`` names, of nodes that are not older than the floor.
 
         Returns:
@@ -178,18 +186,22 @@ class Observer(TorchFunctionMode):
                 continue
             seen.add(node)
             hidden |= node_name(node) == _HIDING
-            for attribute, raw_attribute in _raw_attributes(type(node)):
-                try:
-                    raw = getattr(node, raw_attribute)
-                except RuntimeError:  # its backward has run, and let go of it
-                    break
-                for item in raw if isinstance(raw, (tuple, list)) else (raw,):
-                    saved = pending.pop(id(item.data), None) if item is not None else None
-                    if saved is not None:
-                        self._keep(saved, node, attribute, given, op)
+            self._keep_all_of(node, pending, given, op)
             if pending:
                 stack.extend(edge[0] for edge in node.next_functions if edge[0] is not None)
         return hidden
+
+    def _keep_all_of(self, node: Any, pending: dict[int, Saved], given: Any, op: str) -> None:
+        """Keep those pending saves that one node has."""
+        for attribute, raw_attribute in _raw_attributes(type(node)):
+            try:
+                raw = getattr(node, raw_attribute)
+            except RuntimeError:  # its backward has run, and let go of it
+                break
+            for item in raw if isinstance(raw, (tuple, list)) else (raw,):
+                saved = pending.pop(id(item.data), None) if item is not None else None
+                if saved is not None:
+                    self._keep(saved, node, attribute, given, op)
 
     def _keep(self, saved: Saved, node: Any, attribute: str, given: Any, op: str) -> None:
         entry = self.keeper.keep(saved, node, attribute, given, op)

@@ -66,7 +66,15 @@ class RecipeBook:
             return False
         return bool(recipe.version == tensor._version - (tensor is out))
 
-    def write(self, repeatable: Repeatable, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    def write(
+        self,
+        repeatable: Repeatable,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Tensor,
+        *,
+        within: bool = False,
+    ) -> None:
         """Write down how a tensor was made.
 
         Args:
@@ -74,6 +82,7 @@ class RecipeBook:
             args: its arguments: tensors, tuples of them, what is kept of a tensor already, anything else.
             kwargs: its keyword arguments; no tensor among them.
             out: what it made, a plain tensor.
+            within: whether another op has run it: that one's arguments are what autocast casts.
         """
         if out.nbytes != out.untyped_storage().nbytes() or not Layout.of(out).dense:
             return
@@ -97,7 +106,8 @@ class RecipeBook:
         if not ingredients:  # what a context has as default may be other in the backward
             kwargs = kwargs | {"dtype": out.dtype, "device": out.device, "requires_grad": False}
         device, autocast = out.device.type, None
-        if torch.is_autocast_enabled(device) and repeatable.carries is not SAME:  # what picks or copies casts nothing
+        casts = not within and repeatable.carries is not SAME  # what picks or copies casts nothing
+        if casts and torch.is_autocast_enabled(device):
             autocast = torch.get_autocast_dtype(device)
         if value.users is None and out.grad_fn is not None:
             value.users = False  # an op has made it just now; without a history it is a leaf that the user has

@@ -94,6 +94,16 @@ FLOPS_PER_BYTE = 16
 """Multiplications that take as long as moving a byte."""
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product of all rows at once, as it is where these need a gradient, however they lie."""
+    if x.dim() < 3 or x.is_contiguous():
+        return functional.linear(x, weight, bias)
+    made: Tensor = x.reshape(-1, x.shape[-1]) @ weight.t()
+    if bias is not None:
+        made += bias.to(made.dtype)
+    return made.view(*x.shape[:-1], -1)
+
+
 def _scattered(shape: tuple[int, ...], dim: int, index: Tensor, src: Tensor) -> Tensor:
     return src.new_zeros(shape).scatter_add_(dim, index, src)
 
@@ -168,13 +178,9 @@ def _table() -> dict[Any, Repeatable]:
     add("arange zeros ones full", SAME, 0.5)
     found[Tensor.new_zeros] = Repeatable(torch.zeros, "zeros", SAME, 0.5, calling.new_zeros)
     found[torch.zeros_like] = Repeatable(torch.zeros, "zeros", SAME, 0.5, calling.zeros_like)
-    add(
-        "linear",
-        LINEAR,
-        1,
-        calling.folded(calling.by_name("input", "weight", "bias")),
-        adds_up=calling.last_of_the_first,
-    )
+    by_rows = calling.rows_that_need_a_gradient("input", "weight", "bias")
+    linear = Repeatable(_linear, "linear", LINEAR, 1, by_rows, adds_up=calling.last_of_the_first)
+    found[functional.linear] = linear
     add("mm matmul __matmul__ bmm", PRODUCT, 1, calling.folded(calling.as_called), adds_up=calling.last_of_the_first)
     product = Repeatable(torch.einsum, "einsum", PRODUCT, 1, calling.einsum, adds_up=calling.not_in_the_result)
     found[torch.einsum] = product
@@ -218,13 +224,25 @@ FUSED_DROPOUT = Repeatable(_mask_and_scale, "dropout", LINEAR, 2, calling.as_cal
 
 
 def _copied(x: Tensor, dtypes: tuple[torch.dtype, ...], expanded: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    made = x
-    for dtype in dtypes:
-        made = made.to(dtype)
-    made = made.expand(expanded).reshape(shape).contiguous()
+    made = _cast(x, dtypes).expand(expanded).reshape(shape).contiguous()
     # what is made again may be computed with in place, and what it is made of may be the user's
     return made.clone() if storage_id(made) == storage_id(x) else made
 
 
+def _scaled(
+    x: Tensor, factor: float, dtypes: tuple[torch.dtype, ...], expanded: tuple[int, ...], shape: tuple[int, ...]
+) -> Tensor:
+    return (_cast(x, dtypes) * factor).expand(expanded).reshape(shape).contiguous()
+
+
+def _cast(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    for dtype in dtypes:
+        x = x.to(dtype)
+    return x
+
+
 COPIED = Repeatable(_copied, "copy", SAME, 1, calling.as_called)
 """What an op casts, or copies in order, for itself."""
+
+SCALED = Repeatable(_scaled, "scale", LINEAR, 2, calling.as_called)
+"""What an attention casts, multiplies by a number and copies in order, for itself."""

@@ -1,4 +1,4 @@
-"""What an op makes for itself of an argument, and saves: a cast under autocast, a copy in another order, a log-softmax.
+"""What an op makes for itself, and saves: a cast under autocast, a copy in another order, a log-softmax, what it drops.
 
 Under autocast a linear layer saves its input in 16 bits, a tensor that nobody else has; a product of a transposed
 tensor saves its copy in order. They are as good as the argument that they are made of, and made of it again. That they
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tinykg.activations.repeatable import COPIED, REPEATABLE, Repeatable
+from lightning_tinykg.activations.keeping import Levels, Saved
+from lightning_tinykg.activations.repeatable import COPIED, DROPOUT, FUSED_DROPOUT, REPEATABLE, SCALED, Repeatable
 from lightning_tinykg.activations.storages import is_plain, node_name, storage_id, tensors_in, viewed
 
 _IN_ORDER = frozenset({"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand"})
@@ -44,6 +45,8 @@ _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
 Made = tuple[Repeatable, tuple[Any, ...], dict[str, Any], Tensor]
 """How a tensor was made: the op, its arguments, and the tensor, of which what was saved may be a view."""
 
+_Origin = tuple[Tensor | None, tuple[torch.dtype, ...], float | None]
+
 
 def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[Any, ...], kwargs: Any) -> Made | None:
     """How a tensor was made of an op's arguments that the op itself made, and saved; None if that is not known.
@@ -65,7 +68,8 @@ def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[
         return None
     given = [argument for argument in tensors_in((args, kwargs)) if argument.is_floating_point()]
     step, output = node.next_functions[place]
-    argument, dtypes = _origin(step, output, given) if step is not None else (_constant(op, attribute, args, made), ())
+    origin = (_constant(op, attribute, args, made), (), None) if step is None else _origin(step, output, given)
+    argument, dtypes, factor = origin
     if argument is None or not is_plain(argument) or argument.device != made.device:
         return None
     if storage_id(argument) == storage_id(made):  # nothing was made: it is the argument
@@ -80,17 +84,39 @@ def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[
         expanded = (*torch.broadcast_shapes(*(x.shape[:-2] for x in given)), *expanded[-2:])
         if math.prod(expanded) != made.numel():
             return None
-    return COPIED, (argument, dtypes or (made.dtype,), expanded, tuple(made.shape)), {}, made
+    how = dtypes or (made.dtype,), expanded, tuple(made.shape)
+    return (COPIED, (argument, *how), {}, made) if factor is None else (SCALED, (argument, factor, *how), {}, made)
 
 
-def _origin(step: Any, output: int, given: list[Tensor]) -> tuple[Tensor | None, tuple[torch.dtype, ...]]:
+def dropped(x: Tensor, node: Any, out: Tensor) -> Made | None:
+    """How a dropout's result was made, once its mask is kept: that is all it takes to repeat it.
+
+    Args:
+        x: what it was given.
+        node: its autograd node.
+        out: its result.
+    """
+    name = "" if node is None else node_name(node)
+    if name not in ("Mul", "NativeDropout") or not is_plain(out):
+        return None
+    fused = name == "NativeDropout"
+    saved = (node._raw_saved_result1 if fused else node._raw_saved_other).data
+    mask = saved.kept if isinstance(saved, Saved) else None
+    if fused and mask is not None:
+        return FUSED_DROPOUT, (x, mask, 1 / (1 - node._saved_p)), {}, out
+    return (DROPOUT, (x, mask), {}, out) if isinstance(mask, Levels) else None
+
+
+def _origin(step: Any, output: int, given: list[Tensor]) -> tuple[Tensor | None, tuple[torch.dtype, ...], float | None]:
     """The argument that something was cast or copied of, by its place in the graph.
 
     Returns:
-        The argument as a view in the copy's order, None if it is not known; and what it was cast to, one after another:
-        an attention in mixed precision casts to 16 bits, and what it got to 32.
+        The argument as a view in the copy's order, None if it is not known; what it was cast to, one after another:
+        an attention in mixed precision casts to 16 bits, and what it got to 32; and a number that it was multiplied by
+        then, if it was: an attention scales its queries and keys.
     """
     copied = False
+    factor: float | None = None
     dtypes: list[torch.dtype] = []
     views: list[tuple[str, Any]] = []  # of the argument, from the copy on
     for _ in range(_STEPS):
@@ -99,20 +125,31 @@ def _origin(step: Any, output: int, given: list[Tensor]) -> tuple[Tensor | None,
         for argument in given:
             # all parts of a chunk have one node
             if (argument.grad_fn is step and argument.output_nr == output) or (leaf is not None and argument is leaf):
-                return (_seen(argument, views) if copied else None), tuple(reversed(dtypes))
+                known = copied or factor is not None
+                return (_seen(argument, views) if known else None), tuple(reversed(dtypes)), factor
         if name in _MADE:
             if views:
                 break
             copied = True
             dtypes.append(step._input_metadata[0].dtype)
-        elif copied and (views or name in _PERMUTED):
+        elif name == "Mul" and factor is None and not views and _is_by_a_number(step):
+            if set(dtypes) - {step._input_metadata[0].dtype}:  # it was cast after it was multiplied
+                break
+            factor = step._saved_other
+            dtypes.clear()
+        elif (copied or factor is not None) and (views or name in _PERMUTED):
             views.append((name, step))
         elif name not in _IN_ORDER and name not in _PERMUTED:
             break
         step, output = step.next_functions[0]
         if step is None:
             break
-    return None, ()
+    return None, (), None
+
+
+def _is_by_a_number(product: Any) -> bool:
+    """Whether a product's other factor is no tensor, which would be unpacked if it were looked at."""
+    return not hasattr(product, "_raw_saved_other") and isinstance(product._saved_other, float)
 
 
 def _seen(argument: Tensor, views: list[tuple[str, Any]]) -> Tensor | None:
