@@ -95,7 +95,10 @@ FLOPS_PER_BYTE = 16
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A product of all rows at once, as it is where these need a gradient, however they lie."""
+    """A product of all rows at once, as it is where these need a gradient, however they lie.
+
+    Without one it is a product for each batch of them, which on a GPU may have other bits.
+    """
     if x.dim() < 3 or x.is_contiguous():
         return functional.linear(x, weight, bias)
     made: Tensor = x.reshape(-1, x.shape[-1]) @ weight.t()
@@ -224,7 +227,7 @@ FUSED_DROPOUT = Repeatable(_mask_and_scale, "dropout", LINEAR, 2, calling.as_cal
 
 
 def _copied(x: Tensor, dtypes: tuple[torch.dtype, ...], expanded: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    made = _cast(x, dtypes).expand(expanded).reshape(shape).contiguous()
+    made = _in_order(_cast(x, dtypes), expanded, shape)
     # what is made again may be computed with in place, and what it is made of may be the user's
     return made.clone() if storage_id(made) == storage_id(x) else made
 
@@ -232,7 +235,11 @@ def _copied(x: Tensor, dtypes: tuple[torch.dtype, ...], expanded: tuple[int, ...
 def _scaled(
     x: Tensor, factor: float, dtypes: tuple[torch.dtype, ...], expanded: tuple[int, ...], shape: tuple[int, ...]
 ) -> Tensor:
-    return (_cast(x, dtypes) * factor).expand(expanded).reshape(shape).contiguous()
+    return _in_order(_cast(x, dtypes) * factor, expanded, shape)
+
+
+def _in_order(x: Tensor, expanded: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    return x.expand(expanded).reshape(shape).contiguous()
 
 
 def _cast(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:

@@ -100,6 +100,15 @@ def test_no_weights_are_kept(name: str, bits: int) -> None:
     assert ledger.stored_bytes < mask + queries.nbytes + keys.nbytes + values.nbytes + 100, ledger.rows()
 
 
+def test_weights_are_made_again_of_exact_queries_and_keys() -> None:
+    """Where queries look at few keys, the weights change with the last of their bits."""
+    leaves = drawn(2, 128, 3, 8), drawn(2, 128, 3, 8), drawn(2, 128, 3, 8)
+    sharp = loss_of(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.2, scale=10.0), leaves)
+    want, (got, ledger) = gradients(sharp, leaves), compressed(sharp, leaves, 8)
+    assert codecs(ledger, "SafeSoftmax.result") == {"recipe"}
+    assert (got[2] - want[2]).norm() < 1e-6 * want[2].norm()  # of the values' gradient nothing else is rounded
+
+
 def test_a_mask_that_was_made_is_added_again() -> None:
     queries, keys, values = LEAVES[torch.float32]
     padding = torch.rand(BATCH, 1, 1, KEYS, generator=generator) > 0.3
@@ -174,6 +183,7 @@ def test_an_encoder_layer_in_which_nobody_looks_ahead(batch_first: bool) -> None
 
 def test_what_a_module_calls_may_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops of a module's function are seen one by one; but it is still that function, and calls what it would."""
+    attended(nn.MultiheadAttention(32, 2), drawn(8, 8, 32), need_weights=False)
     calls = []
     attend = F.scaled_dot_product_attention
 

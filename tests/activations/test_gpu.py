@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_geometric.nn import GATConv, GCNConv, MaxAggregation, RGCNConv, SAGEConv
 
 from lightning_tinykg import Ledger, compress_activations
@@ -71,6 +73,26 @@ def test_the_gradient(name: str, bits: int, most: float) -> None:
     assert ledger is not None
     assert bits == 32 or ledger.stored_bytes < ledger.raw_bytes / 3
     assert (got - want).norm() < most * want.norm()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION])
+def test_a_transformer(backend: SDPBackend, batch_first: bool) -> None:
+    """Its queries, keys and values are made again, of rows in order or not, and so are weights that no kernel fuses."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, batch_first=batch_first).cuda()
+    x = torch.randn(8, 128, WIDTH, device="cuda")
+    weights = torch.randn(8, 128, WIDTH, device="cuda")
+    found: list[Tensor] = []
+    for bits in (None, 32):
+        torch.manual_seed(1)
+        context = nullcontext() if bits is None else compress_activations(bits)
+        with sdpa_kernel(backend), context as ledger:
+            loss = (layer(x * 1.5) * weights).sum()
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(layer.parameters()))]))
+    assert ledger is not None
+    assert ledger.ratio > 2
+    assert (found[1] - found[0]).norm() < 1e-5 * found[0].norm()
 
 
 @pytest.mark.parametrize("name", ["gcn", "gat", "relations"])

@@ -42,6 +42,7 @@ FOLDED: dict[str, Callable[[Tensor], Tensor]] = {
     "matmul from the left": lambda a: SQUARE[:5] @ rows(a).view(100, 30, WIDTH).transpose(1, 2),
     "linear": lambda a: F.linear(cube(a).transpose(0, 1), SQUARE, BIAS),
     "linear without bias": lambda a: F.linear(cube(a).transpose(0, 1), SQUARE),
+    "linear of features": lambda a: F.linear(FEATURES.view(30, 100, WIDTH).transpose(0, 1), SQUARE, BIAS) * a[0, 0],
 }
 
 
