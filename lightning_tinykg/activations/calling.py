@@ -35,8 +35,8 @@ def in_place(describe: Describe) -> Describe:
     """Of an op that writes over its first argument: as its like that does not, if that casts nothing."""
 
     def described(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        tensors = [argument for argument in args if isinstance(argument, Tensor)]
-        return describe(args, kwargs) if len({tensor.dtype for tensor in tensors}) == 1 else None
+        floats = {a.dtype for a in args if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())}
+        return describe(args, kwargs) if len(floats) == 1 else None
 
     return described
 
@@ -121,6 +121,19 @@ def joined(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     return None if "out" in kwargs else ((tuple(args[0]), *args[1:]), kwargs)
 
 
+def convolution(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """With all that it can be told, by position."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    told = dict(zip(names, (None, None, None, 1, 0, 1, 1), strict=True))
+    return tuple((told | dict(zip(names, args, strict=False)) | kwargs).values()), {}
+
+
+def padded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """With the sizes as they are now: a list may be changed."""
+    names = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
+    return (names.pop("input"), tuple(names.pop("pad"))), names
+
+
 def cast(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     """Of a cast to another float: by a dtype, or as another tensor has it."""
     to = args[1] if len(args) > 1 else kwargs.get("dtype", kwargs.get("other"))
@@ -176,6 +189,11 @@ def einsum(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
 def last_of_the_first(first: Any, *others: Any) -> int:
     """What a product adds up for each of its elements: the last dimension of the first factor."""
     return int(first.layout.shape[-1])
+
+
+def in_a_kernel(x: Any, weight: Any, *others: Any) -> float:
+    """The same for a convolution: what a kernel covers of its channels."""
+    return float(weight.layout.numel / weight.layout.shape[0])
 
 
 def not_in_the_result(equation: str, *operands: Any) -> int:

@@ -19,6 +19,9 @@ _SWEEP = 16
 """Recipes after which those whose result is gone are let go of, at the least; where there are many, a quarter of them,
 or the time would grow with their square."""
 
+_CONSTANT = 1024
+"""Bytes of what is held for what is made of it, at the most: a number as a tensor, ``torch.tensor(-1e9)``."""
+
 
 class RecipeBook:
     """Writes the recipes down, with the storages of what they made.
@@ -50,7 +53,7 @@ class RecipeBook:
             return
         if exactly and repeatable.rounds:
             return
-        if repeatable.carries is SAME and args and args[0] is out:  # there was nothing to copy or to cast
+        if not repeatable.writes and repeatable.carries is SAME and args and args[0] is out:  # nothing to copy or cast
             return
         if repeatable.onto_zeros and not (args and self._is_zeros(args[0], out)):
             return
@@ -89,7 +92,7 @@ class RecipeBook:
         value = self._values.of(out)
         if value.blurred:
             return
-        most = 0 if repeatable.table is None else max(out.nbytes, self._min_bytes)
+        most = _CONSTANT if repeatable.table is None else max(out.nbytes, self._min_bytes)
         ingredients: list[Ingredient] = []
         try:
             made = tuple([self._argument(argument, most, ingredients, out) for argument in args])

@@ -59,9 +59,10 @@ class Repeatable:
             held until the result, and what is made of it, is gone.
         adds_up: for a matrix product: how many products each element is the sum of, by its arguments.
         row: for ``ROWS``: how many elements are normalized together, by its arguments; 0 if they are no row.
-        any_order: whether it adds up rows in any order, where it is not told otherwise, on a GPU.
+        any_order: whether it adds up in any order, where it is not told otherwise, on a GPU.
         onto_zeros: whether it writes onto its first argument, which has to be zeros that were made for it.
         rounds: whether it may round otherwise than the op did.
+        writes: whether it writes over its first argument.
         negates: whether its result is a negative of one argument.
         jumps: whether the least change of an argument may change the result altogether.
     """
@@ -77,6 +78,7 @@ class Repeatable:
     row: Callable[..., int] | None = None
     any_order: bool = False
     onto_zeros: bool = False
+    writes: bool = False
     negates: bool = False
     jumps: bool = False
     rounds: bool = False
@@ -129,6 +131,7 @@ _WRITING = {
     "add": "add_ __iadd__", "sub": "sub_ __isub__", "mul": "mul_ __imul__", "div": "div_ __itruediv__", "neg": "neg_",
     "relu": "relu_", "leaky_relu": "leaky_relu_", "elu": "elu_", "celu": "celu_", "tanh": "tanh_", "exp": "exp_",
     "sigmoid": "sigmoid_", "abs": "abs_", "clamp": "clamp_", "square": "square_", "sqrt": "sqrt_",
+    "erf": "erf_", "masked_fill": "masked_fill_",
 }  # fmt: skip  # a table, read as one
 """By op: those that do it and write over their first argument."""
 
@@ -147,14 +150,14 @@ def _table() -> dict[Any, Repeatable]:
     add("abs gelu clamp clamp_min clamp_max clip", BOUNDED, 1.5)
     add("relu silu mish", BOUNDED, 1.5, calling.anew(1))
     add("leaky_relu elu celu", BOUNDED, 1.5, calling.anew(2))
-    add("tanh sigmoid softplus logsigmoid", SATURATES, 1.5)
+    add("tanh sigmoid softplus logsigmoid erf atan arctan", SATURATES, 1.5)
     add("sub __sub__", DIFFERENCE, 1)
     add("neg __neg__ rsub __rsub__", DIFFERENCE, 1, negates=True)
     add("mul __mul__ __rmul__", PRODUCT, 1)
     add("square", SATURATES, 1)
     add("pow __pow__", SATURATES, 1, calling.squared)
     add("div __truediv__ true_divide", QUOTIENT, 1, calling.quotient)
-    add("prelu exp log sqrt rsqrt reciprocal sin cos where", EXACT, 1.5)  # an angle's error may be many turns
+    add("prelu exp log sqrt rsqrt reciprocal sin cos", EXACT, 1.5)  # an angle's error may be many turns
     compares = "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not"
     add(f"{compares} __and__ __or__ __invert__ __mod__ __floordiv__", EXACT, 1, jumps=True)
     add("softmax log_softmax", EXACT, 3)
@@ -173,7 +176,9 @@ def _table() -> dict[Any, Repeatable]:
     length = Repeatable(_length, "norm", EXACT, 1, calling.norm, reads=4, rounds=True)
     found |= dict.fromkeys((torch.norm, Tensor.norm, torch.linalg.norm, torch.linalg.vector_norm), length)
     add("cat concat stack", SAME, 1, calling.joined)
-    add("repeat repeat_interleave", SAME, 1)
+    add("repeat repeat_interleave where", SAME, 1)
+    add("masked_fill", SAME, 1, calling.by_name("input", "mask", "value"))
+    add("pad", SAME, 1, calling.padded)
     add("reshape flatten contiguous clone", SAME, 1)  # where they copy
     for casts in (Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double):
         found[casts] = Repeatable(casts, casts.__name__, SAME, 1, calling.as_called)
@@ -185,6 +190,8 @@ def _table() -> dict[Any, Repeatable]:
     linear = Repeatable(_linear, "linear", LINEAR, 1, by_rows, adds_up=calling.last_of_the_first)
     found[functional.linear] = linear
     add("mm matmul __matmul__ bmm", PRODUCT, 1, calling.folded(calling.as_called), adds_up=calling.last_of_the_first)
+    # on a GPU cuDNN may take another algorithm each time
+    add("conv1d conv2d conv3d", LINEAR, 1, calling.convolution, adds_up=calling.in_a_kernel, any_order=True)
     product = Repeatable(torch.einsum, "einsum", PRODUCT, 1, calling.einsum, adds_up=calling.not_in_the_result)
     found[torch.einsum] = product
     add("one_hot", SAME, 1, calling.one_hot, table=0)
@@ -206,7 +213,7 @@ def _table() -> dict[Any, Repeatable]:
         for over in writes.split():
             for owner in (_TORCH, Tensor, functional):
                 if (function := getattr(owner, over, None)) is not None:
-                    found[function] = replace(like, describe=calling.in_place(like.describe))
+                    found[function] = replace(like, describe=calling.in_place(like.describe), writes=True)
     found[functional.embedding] = Repeatable(functional.embedding, "embedding", SAME, 1, calling.embedding, table=1)
     return found
 

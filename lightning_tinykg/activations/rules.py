@@ -228,7 +228,7 @@ RULES: dict[str, _Rules] = {
     "Abs": {"self": SIGN},
     # smooth functions of the input
     **dict.fromkeys(
-        ("Celu", "Gelu", "Silu", "Mish", "Softplus", "LogSigmoid", "Glu", "Sinh", "Cosh", "Atan", "Asinh"),
+        ("Celu", "Gelu", "Silu", "Mish", "Softplus", "LogSigmoid", "Glu", "Sinh", "Cosh", "Atan", "Asinh", "Erf"),
         _SMOOTH_INPUT,
     ),
     "Elu": {"self": _elu},

@@ -22,6 +22,7 @@ SQUARE = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.
 FEATURES = torch.randn(EDGES, WIDTH, generator=generator)
 MATRICES = nn.Parameter(torch.randn(4, WIDTH, WIDTH, generator=generator) / WIDTH**0.5)
 LINEAR = nn.Linear(WIDTH, WIDTH, bias=False)
+KERNEL = nn.Parameter(torch.randn(8, 100, 3, generator=generator) / 300**0.5)
 BIAS = nn.Parameter(torch.randn(WIDTH, generator=generator))
 
 
@@ -141,6 +142,31 @@ REPEATED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "elu in place": (lambda a: F.elu_(rows(a) @ SQUARE, 1.0).exp(), "Exp.result"),
     "what was there before": (lambda a: before(a[SOURCE], a[TARGET]).exp(), "Exp.result"),
     "elu in place and what was there before": (lambda a: before_elu(a[SOURCE] @ SQUARE), "Exp.result"),
+    "masked fill": (lambda a: (rows(a) @ SQUARE).masked_fill(FEATURES > 0, -9.0).exp(), "Exp.result"),
+    "masked fill with a tensor": (
+        lambda a: torch.masked_fill(rows(a) @ SQUARE, FEATURES > 0, value=a[0, 0]).exp(),
+        "Exp.result",
+    ),
+    "masked fill in place": (lambda a: (rows(a) @ SQUARE).masked_fill_(FEATURES > 0, -9.0).exp(), "Exp.result"),
+    "where": (lambda a: torch.where(FEATURES > 0, rows(a) @ SQUARE, rows(a)).exp(), "Exp.result"),
+    "where, of a constant": (
+        lambda a: torch.where(FEATURES > 0, rows(a) @ SQUARE, torch.tensor(-9.0)).exp(),
+        "Exp.result",
+    ),
+    "where, of a number": (lambda a: (rows(a) @ SQUARE).where(FEATURES > 0, -9.0).exp(), "Exp.result"),
+    "padded": (lambda a: F.pad(rows(a) @ SQUARE, [2, 0, 0, 3], value=0.5).exp(), "Exp.result"),
+    "cropped": (lambda a: F.pad(rows(a) @ SQUARE, (0, 0, -1000, 3)).exp(), "Exp.result"),
+    "padded by a mirror": (lambda a: F.pad((rows(a) @ SQUARE)[None], (3, 2), mode="reflect").exp(), "Exp.result"),
+    "convolution": (lambda a: F.conv1d(cube(a), KERNEL, BIAS[:8], padding=1).exp(), "Exp.result"),
+    "convolution in strides": (lambda a: F.conv1d(cube(a), KERNEL, stride=2, dilation=3).exp(), "Exp.result"),
+    "convolution of pictures": (
+        lambda a: F.conv2d(rows(a).view(-1, 1, 4, 8), KERNEL[:, :3, :3, None].transpose(1, 3)).exp(),
+        "Exp.result",
+    ),
+    "erf": (lambda a: (rows(a) @ SQUARE).erf().exp(), "Exp.result"),
+    "erf in place": (lambda a: (rows(a) @ SQUARE).erf_().exp(), "Exp.result"),
+    "arctan": (lambda a: (rows(a) @ SQUARE).atan().exp(), "Exp.result"),
+    "GELU by hand": (lambda a: (h := rows(a) @ SQUARE, h * 0.5 * (1 + (h / 2**0.5).erf()))[1].exp(), "Exp.result"),
     "a mask": (lambda a: (rows(a) > 0.1).to(torch.float32).mul(rows(a)).exp(), "Exp.result"),
 }
 
@@ -194,7 +220,7 @@ def test_what_an_op_has_turned_and_cast_is_nobodys_weight() -> None:
     a = table()
     with torch.autocast("cpu", torch.bfloat16):
         _, ledger = compressed(
-            lambda: weighted(torch.tensordot(cube(a)[:, :WIDTH].erf(), SQUARE, dims=([1], [0]))), [a], 8
+            lambda: weighted(torch.tensordot(cube(a)[:, :WIDTH].asinh(), SQUARE, dims=([1], [0]))), [a], 8
         )
     kept = {entry.codec for entry in ledger if entry.stored_bytes and entry.op.startswith("Mm.self")}
     assert kept == {"int8"}, ledger.rows()
