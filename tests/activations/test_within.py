@@ -215,6 +215,26 @@ def test_a_copy_is_made_again(name: str) -> None:
     assert codecs(ledger, op) <= {"recipe", "gather"}, ledger.rows()
 
 
+def test_a_padding_is_as_it_was() -> None:
+    """Its sizes may be a list, which is the user's to change."""
+    a = table()
+
+    def loss() -> Tensor:
+        sizes = [1, 2]
+        padded = F.pad(rows(a) @ SQUARE, sizes).exp()
+        sizes[0] = 0
+        return weighted(padded)
+
+    assert_exact(loss, [a, SQUARE])
+
+
+def test_a_convolution_that_covers_much_is_kept() -> None:
+    """A thousand products for each element are not worth a byte."""
+    x, wide = nn.Parameter(torch.randn(6, 500, WIDTH)), nn.Parameter(torch.randn(4, 500, 3) / 40)
+    _, ledger = compressed(lambda: weighted(F.conv1d(x, wide).tanh()), [x, wide], 8)
+    assert not codecs(ledger, "Tanh.result") & {"recipe", "gather"}, ledger.rows()
+
+
 def test_what_an_op_has_turned_and_cast_is_nobodys_weight() -> None:
     """Seen in the order that the op saw it in, it has no history: so has a weight, which takes nothing to refer to."""
     a = table()
