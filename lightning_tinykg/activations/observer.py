@@ -116,6 +116,8 @@ class Observer(TorchFunctionMode):
         if isinstance(out, (Tensor, tuple, list)):
             self.keeper.observe(func, args, kwargs, out)
             if self._pending:
+                if function.name == ATTENTION:
+                    self._claim_attention(out, args, kwargs)
                 self._claim(tensors_in(out), (args, kwargs), function.name)
                 if function.name in ("dropout", "native_dropout"):
                     with _aside():
@@ -149,11 +151,7 @@ class Observer(TorchFunctionMode):
             op: its name.
         """
         with _aside():
-            pending = {id(saved): saved for reference in self._pending if (saved := reference()) is not None}
-            if op == ATTENTION and given is not None and (attention := Attention.of(roots[0], *given)) is not None:
-                for node, made in attention.steps():
-                    self.keeper.observe_made(made)
-                    self._keep_all_of(node, pending, given, op)
+            pending = self._still_raw()
             hidden = self._name(pending, roots, given, op)
             if pending:  # a node that nothing leads to, of a check within the op, is held by its own result
                 hidden |= self._name(pending, [saved.raw() for saved in pending.values()], given, op)
@@ -170,6 +168,19 @@ class Observer(TorchFunctionMode):
                     self._pending.append(weakref.ref(saved))
             if not self._pending and given is not None:  # else it may be in a custom function, whose node is older
                 self._floor = torch.autograd._get_sequence_nr()
+
+    def _claim_attention(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Encode what an attention has saved that was computed by products, in the order in which it was made."""
+        with _aside():
+            attention = Attention.of(out, args, kwargs)
+            for node, made in () if attention is None else attention.steps():
+                self.keeper.observe_made(made)
+                self._keep_all_of(node, self._still_raw(), (args, kwargs), ATTENTION)
+
+    def _still_raw(self) -> dict[int, Saved]:
+        """The pending saves, by identity."""
+        alive = [saved for reference in self._pending if (saved := reference()) is not None]
+        return {id(saved): saved for saved in alive if saved.kept is None}
 
     def _name(self, pending: dict[int, Saved], roots: list[Tensor], given: Any, op: str) -> bool:
         """Keep those pending saves that the graph of ``roots`` names, of nodes that are not older than the floor.

@@ -210,3 +210,18 @@ def test_others_who_watch_see_the_same_ops() -> None:
     with Watching():
         compressed(lambda: weighted(module(made(x), x, x)[0]), [x], 8)
     assert "softmax" in names
+
+
+def test_an_attention_within_vmap_is_exact() -> None:
+    """What it is given there is seen without the dimension that is mapped: of these its weights are not made again."""
+    queries, keys, values = LEAVES[torch.float32]
+    masks = torch.randn(QUERIES, KEYS, BATCH, generator=generator)  # of as many as there are, and mapped at the end
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)
+
+    def loss() -> Tensor:
+        given = [made(leaf).transpose(1, 2) for leaf in (queries, keys, values)]
+        return weighted(torch.vmap(attend, (0, 0, 0, 2))(*given, masks))
+
+    assert_exact(loss, [queries, keys, values])
