@@ -1054,14 +1054,14 @@ def test_what_three_are_wanted_for_is_not_worth_each_of_them() -> None:
 
 
 def test_a_table_that_is_needed_at_two_widths_counts_at_the_larger() -> None:
-    """12 bits of it are less than the rows' own code, and its elements, which a condition needs, are more."""
+    """12 bits of it are less than the rows' own code, and its elements, which a sine needs, are more."""
     a, pairs = table(), 2 * NODES
 
     def stored(recompute: str) -> int:
         with compress_activations(8, recompute=recompute) as ledger:
             h = made(a)
             first, second = h[SOURCE[:pairs]], h[TARGET[:pairs]]
-            weighted(torch.tanh(first + torch.where(TARGET[:pairs, None] > 9, second, 0.0)))
+            weighted(torch.tanh(first + second.sin()))
         return ledger.stored_bytes
 
     assert stored("cheap") <= stored("off")
