@@ -18,11 +18,10 @@ from lightning_tinykg.activations import calling
 from lightning_tinykg.activations.keeping import Saved
 from lightning_tinykg.activations.repeatable import EXACT, Repeatable
 from lightning_tinykg.activations.storages import node_name, viewed
-from lightning_tinykg.activations.within import Made, dropped
+from lightning_tinykg.activations.within import IN_ORDER, Made, dropped
 
 ATTENTION = "scaled_dot_product_attention"
 
-_VIEWS = frozenset({"View", "UnsafeView", "ReshapeAlias", "Expand", "Unsqueeze", "Squeeze"})
 _SOFTMAX = {"SafeSoftmax": torch._safe_softmax, "Softmax": torch.softmax}
 """By node: the op; the first gives zeros where all is masked."""
 
@@ -95,7 +94,7 @@ class Attention:
         q, k, weights = self.queries, self.keys, self.weights
         if q is None or k is None or weights is None or not q.dtype == k.dtype == weights.dtype:
             return None
-        masked = node_name(_beyond(_first(self.softmax), _VIEWS)) == "Add"
+        masked = node_name(_beyond(_first(self.softmax), IN_ORDER)) == "Add"
         if masked != (self.causal or self.mask is not None):
             return None
         op = _SOFTMAX[node_name(self.softmax)]
@@ -103,15 +102,15 @@ class Attention:
 
 
 def _nodes(output: Any) -> tuple[Any, Any, Any, Any] | None:
-    output = _beyond(output, _VIEWS | {"ToCopy"})  # of what it casts to 32 bits for itself, it casts the result back
+    output = _beyond(output, IN_ORDER | {"ToCopy"})  # of what it casts to 32 bits for itself, it casts the result back
     if output is None or node_name(output) != "Bmm":
         return None
-    softmax, dropout = _beyond(_first(output), _VIEWS), None
+    softmax, dropout = _beyond(_first(output), IN_ORDER), None
     if softmax is not None and node_name(softmax) in ("Mul", "NativeDropout"):
         softmax, dropout = _first(softmax), softmax
     if softmax is None or node_name(softmax) not in _SOFTMAX:
         return None
-    scores = _beyond(_first(softmax), _VIEWS | {"Add"})
+    scores = _beyond(_first(softmax), IN_ORDER | {"Add"})
     return None if scores is None or node_name(scores) != "Bmm" else (scores, softmax, dropout, output)
 
 

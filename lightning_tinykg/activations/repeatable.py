@@ -187,11 +187,11 @@ def _table() -> dict[Any, Repeatable]:
     found[Tensor.new_zeros] = Repeatable(torch.zeros, "zeros", SAME, 0.5, calling.new_zeros)
     found[torch.zeros_like] = Repeatable(torch.zeros, "zeros", SAME, 0.5, calling.zeros_like)
     by_rows = calling.rows_that_need_a_gradient("input", "weight", "bias")
-    linear = Repeatable(_linear, "linear", LINEAR, 1, by_rows, adds_up=calling.last_of_the_first)
+    linear = Repeatable(_linear, "linear", PRODUCT, 1, by_rows, adds_up=calling.last_of_the_first)
     found[functional.linear] = linear
     add("mm matmul __matmul__ bmm", PRODUCT, 1, calling.folded(calling.as_called), adds_up=calling.last_of_the_first)
     # on a GPU cuDNN may take another algorithm each time
-    add("conv1d conv2d conv3d", LINEAR, 1, calling.convolution, adds_up=calling.in_a_kernel, any_order=True)
+    add("conv1d conv2d conv3d", PRODUCT, 1, calling.convolution, adds_up=calling.in_a_kernel, any_order=True)
     product = Repeatable(torch.einsum, "einsum", PRODUCT, 1, calling.einsum, adds_up=calling.not_in_the_result)
     found[torch.einsum] = product
     add("one_hot", SAME, 1, calling.one_hot, table=0)

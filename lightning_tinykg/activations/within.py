@@ -19,7 +19,7 @@ from lightning_tinykg.activations.keeping import Levels, Saved
 from lightning_tinykg.activations.repeatable import COPIED, DROPOUT, FUSED_DROPOUT, REPEATABLE, SCALED, Repeatable
 from lightning_tinykg.activations.storages import is_plain, node_name, storage_id, tensors_in, viewed
 
-_IN_ORDER = frozenset({"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand"})
+IN_ORDER = frozenset({"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand"})
 _PERMUTED = frozenset({"T", "Transpose", "Permute"})
 _MADE = frozenset({"ToCopy", "Clone"})
 """Nodes of views that keep the order of the elements, of views that do not, and of what makes a tensor anew."""
@@ -139,7 +139,7 @@ def _origin(step: Any, output: int, given: list[Tensor]) -> tuple[Tensor | None,
             dtypes.clear()
         elif (copied or factor is not None) and (views or name in _PERMUTED):
             views.append((name, step))
-        elif name not in _IN_ORDER and name not in _PERMUTED:
+        elif name not in IN_ORDER and name not in _PERMUTED:
             break
         step, output = step.next_functions[0]
         if step is None:

@@ -228,6 +228,26 @@ def test_a_padding_is_as_it_was() -> None:
     assert_exact(loss, [a, SQUARE])
 
 
+@pytest.mark.parametrize(
+    ("op", "rows_of", "weight"),
+    [(F.conv1d, (64, 2, 100), (64, 2, 50)), (F.linear, (600, 8), (500, 8))],
+    ids=["convolution", "linear"],
+)
+def test_a_weight_that_is_made_is_not_rounded_together_with_its_rows(
+    op: Callable[[Tensor, Tensor], Tensor], rows_of: tuple[int, ...], weight: tuple[int, ...]
+) -> None:
+    """Of two rounded factors the error may be as large as the product: it is made again of exact ones."""
+    x, weights = nn.Parameter(torch.randn(rows_of)), nn.Parameter(torch.randn(weight))
+
+    def loss() -> Tensor:
+        factors = made(x), made(weights)
+        return weighted(op(*factors).tanh())
+
+    _, ledger = compressed(loss, [x, weights], 8, recompute="aggressive")
+    assert codecs(ledger, "Tanh.result") == {"recipe"}, ledger.rows()
+    assert codecs(ledger, "Tanh.result from") == {"exact"}, ledger.rows()
+
+
 def test_a_convolution_that_covers_much_is_kept() -> None:
     """A thousand products for each element are not worth a byte."""
     x, wide = nn.Parameter(torch.randn(6, 500, WIDTH)), nn.Parameter(torch.randn(4, 500, 3) / 40)
