@@ -88,6 +88,8 @@ PLANS: dict[str, Callable[[SGQuantizer], BitPlan]] = {
     "combined": combined,
 }
 
+WAYS = ("as it is", "fine-tuned")
+
 SEARCHES = {"packed": "search", "released": "search, released count"}
 """What the smallest plan is the smallest by -> the name of its lines."""
 
@@ -296,16 +298,17 @@ def run_all(args: argparse.Namespace, runs: Runs) -> None:
             for seed in args.seeds:
                 setting = Setting(runs, name, kind, seed)
                 quantizer = setting.quantizer(setting.model())
-                setting.measure("float32", uniform(32), "fine-tuned")  # what fine-tuning alone is worth
+                if "fine-tuned" in args.ways:
+                    setting.measure("float32", uniform(32), "fine-tuned")  # what fine-tuning alone is worth
                 for plan_name in args.plans:
-                    for way in ("as it is", "fine-tuned"):
+                    for way in args.ways:
                         setting.measure(plan_name, PLANS[plan_name](quantizer), way)
                 for bits in args.equal_bytes:
                     setting.at_bytes_of(bits)
                 for line, count, within in searches:
                     if line not in found:  # with the first seed's model; the plan then has to serve the others
                         found[line] = setting.search(count, within)
-                    for way in ("as it is", "fine-tuned"):
+                    for way in args.ways:
                         setting.measure(line, found[line], way)
 
 
@@ -348,6 +351,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60, help="of fine-tuning")
     parser.add_argument("--search-epochs", type=int, default=15, help="of fine-tuning, for each plan that is measured")
     parser.add_argument("--plans", nargs="*", default=list(PLANS), choices=list(PLANS), help="beside the search")
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="in which plans are measured")
     parser.add_argument(
         "--counts", nargs="*", default=["packed"], choices=list(SEARCHES), help="what a search is to save"
     )
