@@ -11,16 +11,22 @@ def _with_operators(*names: str) -> frozenset[str]:
 
 
 _AMPLIFYING = _with_operators(
-    "log", "log2", "log10", "log1p", "logit", "reciprocal", "sqrt", "rsqrt", "pow", "binary_cross_entropy"
-)
-"""Uses that blow up an error: a logarithm, a root, a reciprocal. So does a quotient, its divisor's."""
+    "log", "log2", "log10", "log1p", "logit", "xlogy", "special_xlogy", "special_entr", "special_xlog1py",
+    "reciprocal", "sqrt", "rsqrt", "atanh", "arctanh", "binary_cross_entropy", "kl_div",
+    "gaussian_nll_loss", "poisson_nll_loss",
+)  # fmt: skip  # a table, read as one
+"""Uses that blow up an error: a logarithm, a root, a reciprocal, and losses that take one. So does a quotient, its
+divisor's."""
 
 _LEADING = _with_operators(
     "add", "sub", "subtract", "rsub", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "nan_to_num",
     "gather", "take_along_dim", "where", "getitem", "index_select", "masked_fill", "masked_select", "select",
-    "threshold", "max", "min", "amax", "amin", "cat", "stack",
+    "threshold", "max", "min", "amax", "amin", "cat", "stack", "square",
 )  # fmt: skip  # a table, read as one
-"""Uses whose result may be given to such an op: what shifts, bounds or picks."""
+"""Uses whose result may be given to such an op: what shifts, bounds, picks or squares."""
+
+_POWERS = _with_operators("pow", "float_power")
+"""Uses that do one or the other."""
 
 _QUOTIENTS = frozenset({"div", "divide", "true_divide", "div_", "__truediv__"})
 
@@ -54,20 +60,27 @@ def amplified_by(name: str) -> Amplified:
     """Which of a function's arguments are amplified, by its name."""
     if name == "__getitem__":
         return Amplified.PICKED
-    if name in _AMPLIFYING or name in _LEADING:
+    if name in _AMPLIFYING or name in _LEADING or name in _POWERS:
         return Amplified.ALL
     if name in _QUOTIENTS:
         return Amplified.SECOND
     return Amplified.FIRST if name in ("__rtruediv__", "__rdiv__") else Amplified.NONE
 
 
-def only_leads(name: str) -> bool:
-    """Whether a function, by its name, blows up no error itself, but what it is given its result may.
+def only_leads(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a function blows up no error itself, but what it is given its result may.
+
+    Args:
+        name: its name.
+        args: its arguments: of a power the exponent decides, which may be that of a root or a quotient.
 
     Example:
-        >>> only_leads("clamp"), only_leads("log")
-        (True, False)
+        >>> only_leads("clamp", (0.5, 0)), only_leads("log", (0.5,)), only_leads("pow", (0.5, 2))
+        (True, False, True)
     """
+    name = name.partition(".")[0]
+    if name in _POWERS:
+        return len(args) > 1 and isinstance(args[1], int | float) and args[1] >= 1
     return name in _LEADING
 
 

@@ -19,15 +19,12 @@ from lightning_tinykg.activations.recipe_book import RecipeBook
 from lightning_tinykg.activations.recipes import Ingredient, Recipe
 from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.repeatable import ROWS
-from lightning_tinykg.activations.rules import ANGLE, SIGN, SMOOTH, Need, Rule
+from lightning_tinykg.activations.rules import ANGLE, EXACT, SIGN, SMOOTH, Need, Rule
 from lightning_tinykg.activations.storages import Layout
 from lightning_tinykg.activations.values import Value, Values
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.activations.within import Made, dropped, made_within
 from lightning_tinykg.codecs.affine import FINE_BITS
-
-_MOST_FRAGILE = 64
-"""Recipes to look for fragile saves in, at the most."""
 
 
 class Follower:
@@ -67,7 +64,7 @@ class Follower:
     def note_fragile(self, saved: Saved, tensor: Tensor, entry: Entry) -> None:
         """A save whose error another op may blow up is made again of what is rounded."""
         recipe = self.recipes.find(tensor)
-        if recipe is not None and self._widths.bits < 32:
+        if recipe is not None:
             self._fragile[recipe.value, recipe.version] = weakref.ref(saved), Layout.of(tensor), entry
 
     def finish(self) -> None:
@@ -80,25 +77,27 @@ class Follower:
             return self._follow(recipe, least, layout, entry)
         return None
 
-    def _make_exactly(self, recipe: Recipe) -> None:
-        """Something is made again to the last bit: so are the fragile saves that it is made of, which takes no more.
+    def make_exactly(self, tensor: Tensor) -> None:
+        """An op is to blow up the error of a result, whose save is made again of what is rounded: not any more.
 
-        Of ``p = sigmoid(x)`` a cross entropy gives back ``1 / (p * (1 - p))``, and the sigmoid multiplies that by
-        ``p * (1 - p)``: where the one is exact and the other is not, nothing is left of their product.
+        It is made of what is exact or, if that takes more, or what it was made of is gone, kept itself.
+
+        Args:
+            tensor: the result.
         """
-        stack, seen = [recipe], {recipe}
-        while stack and self._fragile and len(seen) < _MOST_FRAGILE:
-            of = stack.pop()
-            found = self._fragile.pop((of.value, of.version), None)
-            saved = None if found is None else found[0]()
-            if found is not None and saved is not None and isinstance(saved.kept, Remade):
-                with suppress(_Gone):
-                    exactly = self._follow(of, 32, found[1], found[2])
-                    saved.kept.making.saves -= 1
-                    saved.fill(exactly)
-            more = [i.recipe for i in of.ingredients if i.recipe is not None and i.recipe not in seen]
-            stack += more
-            seen.update(more)
+        recipe = self.recipes.find(tensor)
+        found = None if recipe is None else self._fragile.pop((recipe.value, recipe.version), None)
+        saved = None if found is None else found[0]()
+        if found is None or saved is None or not isinstance(saved.kept, Remade):
+            return
+        remade, (_, layout, entry) = saved.kept, found
+        result = tensor.as_strided(layout.shape, layout.stride, layout.offset)
+        exactly = self.remade(result, EXACT, 32, entry, computes=True, steady=True)
+        if exactly is None:
+            entry.recipe, entry.work = "", 0
+            exactly = self._forms.value(result, 32, entry)
+        remade.making.saves -= 1
+        saved.fill(exactly)
 
     def observe_dropout(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """A dropout has run, and its mask is kept."""
@@ -157,8 +156,6 @@ class Follower:
         self._values.begin_use()  # it has been counted on
         try:
             kept = self._follow(recipe, least, Layout.of(tensor), entry)
-            if least == 32 and self._fragile:
-                self._make_exactly(recipe)
         except _Gone:
             entry.recipe, entry.work = "", 0
             return None

@@ -6,6 +6,10 @@ magnitude: of ``1e-6`` rounding leaves nothing. Mostly that is as little as it l
 step of a hundredth becomes a thousand. What an op like the logarithm sees, it keeps exactly itself (``rules.py``); of
 what stands between, an addition or a clamp, nothing is saved at all. So the use of a fragile result decides, and of
 what an addition, a clamp or an index makes of it: for ``log(1 - z)`` it is kept exactly, for ``(1 - z) * x`` it is not.
+
+Nor is one made again of rounded scores then: of ``p = sigmoid(x)`` a cross entropy gives back ``1 / (p * (1 - p))``,
+and the sigmoid multiplies that by ``p * (1 - p)``. Where the one is exact and the other is not, nothing is left of
+their product.
 """
 
 from __future__ import annotations
@@ -17,24 +21,26 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_tinykg.activations.amplifying import only_leads
+from lightning_tinykg.activations.following import Follower
 from lightning_tinykg.activations.forms import Forms
 from lightning_tinykg.activations.functions import Function
-from lightning_tinykg.activations.keeping import Record
+from lightning_tinykg.activations.keeping import Record, Saved
 from lightning_tinykg.activations.storages import is_plain, ordinary, storage_id, tensors_in, viewed
 
-FRAGILE = frozenset({"Sigmoid.result", "Softmax.result", "Exp.result", "Exp2.result", "Expm1.result"})
+FRAGILE = frozenset({"Sigmoid.result", "Softmax.result", "Tanh.result", "Exp.result", "Exp2.result", "Expm1.result"})
 """Saves that are fragile."""
 
 
 class _Rounded(NamedTuple):
-    """A fragile result that was rounded.
+    """A fragile result that was rounded, or is made again of what was.
 
     Attributes:
-        record: what is kept of it, while a save has it.
+        kept: what is kept of it, while a save has it, or the save that is made again.
         whole: the result itself.
     """
 
-    record: weakref.ref[Record]
+    kept: weakref.ref[Record | Saved]
     whole: Tensor
 
 
@@ -46,17 +52,19 @@ class Fragiles:
 
     Args:
         forms: replaces their codes.
+        follower: replaces what makes them again; None if nothing is made again.
     """
 
-    def __init__(self, forms: Forms) -> None:
+    def __init__(self, forms: Forms, follower: Follower | None) -> None:
         self._forms = forms
-        self._results: weakref.WeakValueDictionary[int, Record] = weakref.WeakValueDictionary()
+        self._follower = follower
+        self._results: weakref.WeakValueDictionary[int, Record | Saved] = weakref.WeakValueDictionary()
         self._led_to: dict[int, tuple[StorageWeakRef, list[_Rounded]]] = {}
         self._leading: list[_Rounded] = []
 
-    def note(self, tensor: Tensor, record: Record) -> None:
-        """A fragile result was rounded."""
-        self._results[storage_id(tensor)] = record
+    def note(self, tensor: Tensor, kept: Record | Saved) -> None:
+        """A fragile result was rounded, or its save is made again of what was."""
+        self._results[storage_id(tensor)] = kept
 
     def before(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op is about to run: keep exactly what it would blow up the error of."""
@@ -72,7 +80,7 @@ class Fragiles:
                 if is_plain(tensor)
                 for rounded in self._found(tensor)
             ]
-            if function.only_leads:
+            if only_leads(function.name, args):
                 self._leading = found
             else:
                 self._keep(found)
@@ -100,12 +108,15 @@ class Fragiles:
         """What was rounded of what a tensor is, or was made of."""
         key = storage_id(tensor)
         _, found = self._led_to.get(key, (None, []))
-        record = self._results.get(key)
-        return found if record is None else [*found, _Rounded(weakref.ref(record), viewed(tensor).detach())]
+        kept = self._results.get(key)
+        return found if kept is None else [*found, _Rounded(weakref.ref(kept), viewed(tensor).detach())]
 
     def _keep(self, found: list[_Rounded]) -> None:
         for rounded in found:
-            record = rounded.record()
-            if record is not None and record.bits < 32 and record.entry is not None:
-                with torch.no_grad(), torch._C.DisableTorchFunction():
-                    self._forms.value(rounded.whole, 32, record.entry)
+            kept = rounded.kept()
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                if isinstance(kept, Saved):
+                    assert self._follower is not None
+                    self._follower.make_exactly(rounded.whole)
+                elif kept is not None and kept.bits < 32 and kept.entry is not None:
+                    self._forms.value(rounded.whole, 32, kept.entry)

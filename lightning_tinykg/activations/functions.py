@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_tinykg.activations.amplifying import Amplified, amplified_by, only_leads
+from lightning_tinykg.activations.amplifying import Amplified, amplified_by
 
 _BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _ASKS = frozenset(
@@ -51,9 +51,8 @@ class Function:
         in_place: whether it changes its first argument.
         inplace_at: the place of an argument ``inplace``, or None.
         renormalizes: whether it changes the table that it looks up, if told to: an embedding.
-        amplifies: whether it may blow up its arguments' errors.
+        amplifies: whether it may blow up its arguments' errors, or what it is given its result.
         amplified: which of them.
-        only_leads: whether it does so only by what its result is given to.
     """
 
     name: str
@@ -68,7 +67,6 @@ class Function:
     renormalizes: bool
     amplifies: bool
     amplified: Amplified
-    only_leads: bool
 
     def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """What a call changes: by ``add_``, ``__iadd__``, ``__setitem__``, ``out=``, ``inplace=``.
@@ -119,7 +117,6 @@ def function_of(func: Any) -> Function:
         renormalizes=renormalizes,
         amplifies=amplified is not Amplified.NONE,
         amplified=amplified,
-        only_leads=only_leads(name),
     )
 
 

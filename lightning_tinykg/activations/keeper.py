@@ -125,7 +125,7 @@ class Keeper:
             decider = Decider(costs, self.widths, self.values, decisions, *given)
             self._follower = Follower(recipes, costs, decider, self.forms, self._books, self.widths, self.values)
         self._comparer = Comparer(self.values, self.forms, self.widths, self._follower, min_bytes)
-        self._fragiles = Fragiles(self.forms)
+        self._fragiles = Fragiles(self.forms, self._follower)
 
     # -- what the forward does ----------------------------------------------------------------------------------
 
@@ -218,8 +218,9 @@ class Keeper:
             if where in FRAGILE:
                 if isinstance(kept, Coded) and kept.record.bits < 32:
                     self._fragiles.note(tensor, kept.record)
-                elif isinstance(kept, Remade) and self._follower is not None:
+                elif isinstance(kept, Remade) and not kept.making.exact and self._follower is not None:
                     self._follower.note_fragile(saved, tensor, entry)
+                    self._fragiles.note(tensor, saved)
         return entry
 
     def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any, computes: bool = True) -> Kept:
@@ -278,5 +279,3 @@ class Keeper:
         if floating and rule is SIGN:
             return self.forms.levels(tensor, layout, "sign", encode_signs, entry)
         return self.forms.value(tensor, least, entry, factor_of)
-
-    # -- the forms ----------------------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ def made_within(op: str, node: Any, attribute: str, tensor: Tensor, args: tuple[
     made = viewed(tensor)
     if place is None or not tensor.is_floating_point() or place >= len(node.next_functions):
         return None
+    if made._version:  # it was changed since, by what may not be in the graph
+        return None
     given = [argument for argument in tensors_in((args, kwargs)) if argument.is_floating_point()]
     step, output = node.next_functions[place]
     origin = (_constant(op, attribute, args, made), (), None) if step is None else _origin(step, output, given)

@@ -384,6 +384,18 @@ def test_parts_of_what_was_picked_at_once_are_picked_again_in_mixed_precision() 
     assert "gather" in codecs(ledger, "Mm.self")
 
 
+def test_a_variance_that_its_loss_has_bounded_is_no_copy_of_what_it_was_given() -> None:
+    """The loss clones it, and bounds the clone in place, which autograd does not see."""
+    rows = (torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(0)) * 8).requires_grad_()
+
+    def loss() -> Tensor:
+        scores = made(rows)
+        return F.gaussian_nll_loss(torch.zeros_like(scores), torch.ones_like(scores), scores.exp())
+
+    assert_exact(loss, [rows])
+    assert_exact(loss, [rows], recompute="aggressive")
+
+
 def test_features_that_were_masked_in_place_are_no_copy_of_what_they_were() -> None:
     """``x = features.clone(); x[masked] = 0``, and a layer: nothing was made within it, and the clone is no more."""
     layer = nn.Linear(WIDTH, WIDTH)
