@@ -12,6 +12,7 @@ from torch_geometric.nn import CGConv, EdgeConv, GATv2Conv, RGCNConv, Transforme
 
 from lightning_tinykg.activations.repeatable import COPIED as COPIED_OP
 from lightning_tinykg.activations.repeatable import REPEATABLE
+from lightning_tinykg.activations.within import made_within
 
 NODES, EDGES, WIDTH = 200, 3000, 32
 
@@ -382,6 +383,14 @@ def test_parts_of_what_was_picked_at_once_are_picked_again_in_mixed_precision() 
         _, ledger = compressed(loss, [table, weights], 2)
     assert not any(entry.stored_bytes for entry in ledger if entry.op.startswith("Mm.self"))
     assert "gather" in codecs(ledger, "Mm.self")
+
+
+def test_an_argument_is_no_copy_of_itself() -> None:
+    weight = torch.ones(WIDTH, WIDTH, requires_grad=True)
+    x = FEATURES.flip(0)
+    assert made_within("linear", F.linear(x, weight).grad_fn, "self", x, (x, weight), {}) is None
+    half = x.double()
+    assert made_within("linear", F.linear(x, weight).grad_fn, "self", half, (x, weight), {}) is not None
 
 
 def test_a_variance_that_its_loss_has_bounded_is_no_copy_of_what_it_was_given() -> None:
