@@ -206,6 +206,8 @@ class Keeper:
                     record.stays = True
             elif self._by_rules:
                 rule = rule_for(node, attribute)
+                if where in FRAGILE and self.widths.affords_exactly(tensor):
+                    rule = EXACT
                 if self._follower is not None and node is not None and given is not None and rule is not SHAPE:
                     self._follower.observe_within(op, node, attribute, tensor, given)
                 compared = self._comparer.kept(node, attribute, given, entry) if rule is COMPARED else None

@@ -19,6 +19,9 @@ RAISED_BITS = {bits: 4 if bits < 3 else max(8, bits) for bits in CODE_BITS}
 EXTRAS = {2: 100, 4: 100, 8: 100, FINE_BITS: 400}
 """By width: which part of the raw bytes all extras together may take, for one more tensor to have it: a hundredth."""
 
+EXACTLY = 4000
+"""Which part of the raw bytes fragile results may take, all together, to be kept exactly."""
+
 NARROW = 16
 """A tensor whose last dimension is narrower than this holds coefficients, not features."""
 
@@ -61,6 +64,7 @@ class Widths:
         self._group_size = group_size
         self._largest_step = largest_step
         self._extra = 0
+        self._exactly = 0
         self.step = NO_STEP
         """This step, as far as it has come."""
 
@@ -128,6 +132,19 @@ class Widths:
     def spend(self, layout: Layout, bits: int, least: int) -> None:
         """A run is kept in ``bits`` bits where ``least`` would do."""
         self._extra = self._with(layout, bits, least)
+
+    def affords_exactly(self, tensor: Tensor) -> bool:
+        """Whether a fragile result is so small that it is kept exactly, whatever it is given to; counts it if it is.
+
+        A step's scores are: ``sigmoid(scores)`` may be weighted before its logarithm is taken, which nobody sees.
+        """
+        if self.bits == 32 or self.literal or tensor.dtype not in FLOAT_DTYPES:
+            return False
+        raw_bytes, _ = max(self.step, self._largest_step)
+        if (self._exactly + tensor.nbytes) * EXACTLY > raw_bytes:
+            return False
+        self._exactly += tensor.nbytes
+        return True
 
     def group(self, layout: Layout, bits: int) -> int:
         """Elements that share a scale: smaller groups where there are few levels, and none across rows."""

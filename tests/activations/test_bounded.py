@@ -178,6 +178,35 @@ def test_a_sigmoid_behind_what_is_kept_exactly_stays_rounded(kept: str, nbytes: 
     assert sum(row["stored_bytes"] for row in ledger.rows() if row["codec"] == "exact") == nbytes
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_a_fragile_result_that_is_tiny_is_exact_whatever_becomes_of_it(bits: int) -> None:
+    """Nobody sees through a product that a logarithm is taken of it; a step's scores are too few to matter."""
+    nodes, scores = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)).requires_grad_(), wide(8.0)
+
+    def loss() -> Tensor:
+        total = (made(nodes) * made(nodes).detach()).sum()
+        weighted = made(scores)[:, 0].sigmoid() * torch.linspace(0.1, 1, 40)
+        return total - (weighted + 1e-10).log().sum()
+
+    want = gradients(loss, [scores])[0]
+    assert (compressed(loss, [scores], bits, min_bytes=0)[0][0] - want).norm() < 1e-4 * want.norm()
+
+
+def test_of_fragile_results_few_are_exact() -> None:
+    """All together take a 4000th of the step."""
+    rows = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def loss() -> Tensor:
+        total = (made(rows) * made(rows).detach()).sum()
+        for k in range(8):
+            total = total + (made(rows)[:16, k].sigmoid() * torch.linspace(0.1, 1, 16)).sum()
+        return total
+
+    ledger = compressed(loss, [rows], 8, min_bytes=0)[1]
+    exact = [row for row in ledger.rows() if row["op"] == "Sigmoid.result" and row["codec"] == "exact"]
+    assert len(exact) == 1_024_000 // 4000 // 64
+
+
 def test_what_only_multiplies_is_rounded() -> None:
     x, h = wide(1.0), wide(1.0)
 
