@@ -121,7 +121,7 @@ class Widths:
         """
         if self.literal:
             return least
-        raw_bytes, largest = max(self.step, self._largest_step)
+        raw_bytes, largest = self._largest
         wish = self.bits + math.log2(max(largest / max(layout.numel * itemsize, 1), 1.0))
         better = min(EXTRAS, key=lambda width: abs(width - wish))
         for width in reversed(EXTRAS):
@@ -140,8 +140,7 @@ class Widths:
         """
         if self.bits == 32 or self.literal or tensor.dtype not in FLOAT_DTYPES:
             return False
-        raw_bytes, _ = max(self.step, self._largest_step)
-        if (self._exactly + tensor.nbytes) * EXACTLY > raw_bytes:
+        if (self._exactly + tensor.nbytes) * EXACTLY > self._largest.raw_bytes:
             return False
         self._exactly += tensor.nbytes
         return True
@@ -153,6 +152,11 @@ class Widths:
     def size(self, layout: Layout, bits: int) -> int:
         """The bytes of a run of elements in a width below 32."""
         return quantized_size(layout.numel, bits, self.group(layout, bits))
+
+    @property
+    def _largest(self) -> StepSize:
+        """The largest step, this one among them."""
+        return max(self.step, self._largest_step)
 
     def _with(self, layout: Layout, bits: int, least: int) -> int:
         return self._extra + self.size(layout, bits) - self.size(layout, least)
