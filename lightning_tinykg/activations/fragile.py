@@ -15,7 +15,8 @@ their product.
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,38 +28,44 @@ from lightning_tinykg.activations.forms import Forms
 from lightning_tinykg.activations.functions import Function
 from lightning_tinykg.activations.keeping import Record, Saved
 from lightning_tinykg.activations.storages import is_plain, ordinary, storage_id, tensors_in, viewed
+from lightning_tinykg.activations.workspace import Workspace
 
-FRAGILE = frozenset({"Sigmoid.result", "Softmax.result", "Tanh.result", "Exp.result", "Exp2.result", "Expm1.result"})
+FRAGILE = frozenset({"Sigmoid.result", "Softmax.result", "Exp.result", "Exp2.result", "Expm1.result"})
 """Saves that are fragile."""
 
 
-class _Rounded(NamedTuple):
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class _Rounded:
     """A fragile result that was rounded, or is made again of what was.
 
     Attributes:
         kept: what is kept of it, while a save has it, or the save that is made again.
-        whole: the result itself.
+        whole: the result itself; None once it has been let go of.
     """
 
     kept: weakref.ref[Record | Saved]
-    whole: Tensor
+    whole: Tensor | None
 
 
 class Fragiles:
     """The fragile results of one forward that were rounded, and what was made of them.
 
     A result that may have to be kept exactly is held while there is something of it that such an op could be given:
-    ``1 - z`` is gone as soon as it has been multiplied.
+    ``1 - z`` is gone as soon as it has been multiplied. What is added to features, layer by layer, is not, so all that
+    are held together take no more than the largest saved tensor.
 
     Args:
         forms: replaces their codes.
         follower: replaces what makes them again; None if nothing is made again.
+        workspace: knows the largest tensor.
     """
 
-    def __init__(self, forms: Forms, follower: Follower | None) -> None:
+    def __init__(self, forms: Forms, follower: Follower | None, workspace: Workspace) -> None:
         self._forms = forms
         self._follower = follower
+        self._workspace = workspace
         self._results: weakref.WeakValueDictionary[int, Record | Saved] = weakref.WeakValueDictionary()
+        self._held: weakref.WeakValueDictionary[int, _Rounded] = weakref.WeakValueDictionary()
         self._led_to: dict[int, tuple[StorageWeakRef, list[_Rounded]]] = {}
         self._leading: list[_Rounded] = []
 
@@ -80,10 +87,11 @@ class Fragiles:
                 if is_plain(tensor)
                 for rounded in self._found(tensor)
             ]
-            if only_leads(function.name, args):
-                self._leading = found
-            else:
+            if not only_leads(function.name, args):
                 self._keep(found)
+            elif found:
+                self._leading = found
+                self._make_room()
 
     def after(self, out: Any) -> None:
         """It has run: what it made of fragile results is as fragile."""
@@ -95,7 +103,7 @@ class Fragiles:
             storage = StorageWeakRef(tensor.untyped_storage())
             if storage.cdata not in self._results:  # else it is a view of one
                 _, before = self._led_to.get(storage.cdata, (storage, []))
-                self._led_to[storage.cdata] = storage, before + self._leading
+                self._led_to[storage.cdata] = storage, list(dict.fromkeys([*before, *self._leading]))
         self._leading = []
 
     def clear(self) -> None:
@@ -109,11 +117,27 @@ class Fragiles:
         key = storage_id(tensor)
         _, found = self._led_to.get(key, (None, []))
         kept = self._results.get(key)
-        return found if kept is None else [*found, _Rounded(weakref.ref(kept), viewed(tensor).detach())]
+        if kept is None:
+            return found
+        rounded = self._held.get(key)
+        if rounded is None or rounded.whole is None:  # another storage may have its place then
+            rounded = self._held[key] = _Rounded(weakref.ref(kept), viewed(tensor).detach())
+        return [*found, rounded]
+
+    def _make_room(self) -> None:
+        """Let go of what was held first, where all together take more than the largest saved tensor."""
+        room = self._workspace.largest
+        for rounded in reversed(list(self._held.values())):
+            if rounded.whole is not None:
+                room -= rounded.whole.nbytes
+                if room < 0:
+                    rounded.whole = None
 
     def _keep(self, found: list[_Rounded]) -> None:
         for rounded in found:
             kept = rounded.kept()
+            if rounded.whole is None:
+                continue
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 if isinstance(kept, Saved):
                     assert self._follower is not None

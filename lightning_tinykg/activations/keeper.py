@@ -125,7 +125,7 @@ class Keeper:
             decider = Decider(costs, self.widths, self.values, decisions, *given)
             self._follower = Follower(recipes, costs, decider, self.forms, self._books, self.widths, self.values)
         self._comparer = Comparer(self.values, self.forms, self.widths, self._follower, min_bytes)
-        self._fragiles = Fragiles(self.forms, self._follower)
+        self._fragiles = Fragiles(self.forms, self._follower, self.workspace)
 
     # -- what the forward does ----------------------------------------------------------------------------------
 
