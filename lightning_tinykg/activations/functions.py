@@ -30,6 +30,9 @@ _ATTRIBUTES = frozenset(
 )
 """Attributes that do so."""
 
+_LENDING = frozenset({"numpy", "__array__", "__dlpack__"})
+"""Methods that hand the memory to who changes it without a word."""
+
 _OPENED = (functional.multi_head_attention_forward,)
 """Functions of PyTorch's that are written in Python, of many ops each of which saves something."""
 
@@ -46,6 +49,7 @@ class Function:
         opens: whether the ops that it is made of are seen one by one: see :func:`opened`.
         reads: whether it is an attribute's getter, which saves nothing.
         of_data: whether it gets or sets ``data``: two tensors have the same memory then, and versions of their own.
+        lends: whether it hands out its argument's memory: ``x.numpy()``.
         backward: whether it runs a backward.
         may_write: whether it changes an argument, or can be told to by position.
         in_place: whether it changes its first argument.
@@ -60,6 +64,7 @@ class Function:
     opens: bool
     reads: bool
     of_data: bool
+    lends: bool
     backward: bool
     may_write: bool
     in_place: bool
@@ -110,6 +115,7 @@ def function_of(func: Any) -> Function:
         opens=func in _OPENED and "has_torch_function" in func.__code__.co_names,
         reads=reads,
         of_data=attribute == "data",
+        lends=name in _LENDING,
         backward=func in _BACKWARDS,
         may_write=in_place or renormalizes or inplace_at is not None,
         in_place=in_place,

@@ -136,8 +136,10 @@ class Keeper:
             written = tensors_in(function.written(args, kwargs))
             changes.before_change(written)
             self.values.before_change(written)
-        elif function.of_data:
+        if function.of_data:
             self.values.set_apart(args)
+        elif function.lends:
+            self.values.lend(args[:1])
         self._fragiles.before(function, args, kwargs)
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

@@ -207,6 +207,13 @@ class Values:
             if tensor._version:
                 value.forget()
 
+    def lend(self, tensors: Iterable[Tensor]) -> None:
+        """Memory is handed out, such as by ``x.numpy()``: no version tells any more whether it was changed."""
+        for tensor in filter(is_plain, tensors):
+            value = self.of(tensor)
+            value.blurred = True
+            value.forget()
+
     def before_change(self, tensors: Iterable[Tensor]) -> None:
         """Tensors are about to be changed: of memory whose versions are counted apart, nothing is known from now on."""
         for tensor in tensors:

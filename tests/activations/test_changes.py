@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from comparing import compressed, gradients, made
+from comparing import assert_exact, compressed, gradients, made
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -123,3 +124,17 @@ def test_a_change_is_seen(change: Callable[[Tensor], Any]) -> None:
     got, ledger = compressed(loss, [x, weights], 32)
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
     assert "changed in place" in {entry.op for entry in ledger}
+
+
+@pytest.mark.parametrize("lend", [Tensor.numpy, np.asarray, torch.from_dlpack])
+def test_what_was_changed_by_another_library_is_not_made_again_as_it_was(lend: Callable[[Tensor], Any]) -> None:
+    """It has the memory, and changes no version."""
+    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def loss() -> Tensor:
+        shifted = made(rows).tanh() * 2 + 3
+        lend(shifted.detach())[:20] = 1.5
+        return (shifted.log() * 2).sum() + (shifted * shifted).sum()
+
+    assert_exact(loss, [rows])
+    assert_exact(loss, [rows], recompute="aggressive")
