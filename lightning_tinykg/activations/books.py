@@ -46,7 +46,8 @@ class Books:
 
     def enter(self, module: str, op: str, codec: str, tensor: Tensor) -> Entry:
         """A new entry, which costs nothing yet."""
-        entry = Entry(module, op, codec, tuple(tensor.shape), _dtype_name(tensor.dtype))
+        shape = () if tensor.is_nested and type(tensor) is Tensor else tuple(tensor.shape)  # a strided one has none
+        entry = Entry(module, op, codec, shape, _dtype_name(tensor.dtype))
         self._ledger.entries.append(entry)
         return entry
 

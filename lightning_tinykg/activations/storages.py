@@ -73,7 +73,7 @@ def ordinary(tensor: Tensor) -> Tensor:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is an ordinary strided one, with a storage of its own that can be looked into.
 
-    Sparse, quantized, meta, inference and subclass tensors (other than parameters) are not, nor lazily conjugated ones.
+    Sparse, nested, quantized, meta, inference and subclass tensors (other than parameters) are not, nor lazily conjugated ones.
     """
     if type(tensor) is not Tensor and type(tensor) is not Parameter:
         return False
@@ -82,6 +82,7 @@ def is_plain(tensor: Tensor) -> bool:
     if plain is None:
         plain = _PLAIN[keys] = (
             tensor.layout is torch.strided
+            and not tensor.is_nested
             and not tensor.is_conj()
             and not tensor.is_quantized
             and not tensor.is_neg()

@@ -964,3 +964,30 @@ def test_smaller_groups_less_error() -> None:
         draws = [compressed(loss, [x], 2, group_size=group_size, seed=k)[0][0] - want for k in range(5)]
         errors.append(sum(float(d.square().sum()) for d in draws))
     assert errors == sorted(errors)
+
+
+NESTED: dict[str, Callable[[Tensor, nn.Linear], Tensor]] = {
+    "strided": lambda x, layer: torch.nested.to_padded_tensor(F.gelu(layer(x)), 0.0).tanh(),
+    "jagged": lambda x, layer: (F.gelu(layer(x)) * x).values(),
+    "attention": lambda x, layer: _attention(layer(x).unflatten(-1, [2, -1]).transpose(1, 2)).values(),
+}
+
+
+def _attention(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x).transpose(1, 2).flatten(-2)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_tensors_are_kept_as_they_are(name: str, bits: int) -> None:
+    """Of a strided one nobody may ask the shape."""
+    torch.manual_seed(0)
+    layer, rows = nn.Linear(WIDTH, WIDTH), [leaf(length, WIDTH, seed=length) for length in (5, 17, 9)]
+    layout = torch.strided if name == "strided" else torch.jagged
+
+    def loss() -> Tensor:
+        return NESTED[name](torch.nested.as_nested_tensor(rows, layout=layout), layer).sum()
+
+    want = gradients(loss, [*rows, layer.weight])
+    for got, exact in zip(compressed(loss, [*rows, layer.weight], bits, min_bytes=0)[0], want, strict=True):
+        assert (got - exact).norm() <= (0.0 if bits == 32 else 0.05) * exact.norm()
