@@ -73,7 +73,8 @@ def ordinary(tensor: Tensor) -> Tensor:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is an ordinary strided one, with a storage of its own that can be looked into.
 
-    Sparse, nested, quantized, meta, inference and subclass tensors (other than parameters) are not, nor lazily conjugated ones.
+    Sparse, nested, quantized, meta, inference and subclass tensors (other than parameters) are not, nor lazily
+    conjugated ones.
     """
     if type(tensor) is not Tensor and type(tensor) is not Parameter:
         return False
