@@ -13,13 +13,13 @@ def _with_operators(*names: str) -> frozenset[str]:
 _AMPLIFYING = _with_operators(
     "log", "log2", "log10", "log1p", "logit", "xlogy", "special_xlogy", "special_entr", "special_xlog1py",
     "reciprocal", "sqrt", "rsqrt", "binary_cross_entropy", "kl_div",
-    "gaussian_nll_loss", "poisson_nll_loss",
+    "gaussian_nll_loss", "poisson_nll_loss", "clamp", "clip", "clamp_max", "minimum",
 )  # fmt: skip  # a table, read as one
 """Uses that blow up an error: a logarithm, a root, a reciprocal, and losses that take one. So does a quotient, its
-divisor's."""
+divisor's; and a bound, above which no gradient passes: an exponential is rounded by its largest, which are cut off."""
 
 _LEADING = _with_operators(
-    "add", "sub", "subtract", "rsub", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "nan_to_num",
+    "add", "sub", "subtract", "rsub", "clamp_min", "maximum", "nan_to_num",
     "gather", "take_along_dim", "where", "getitem", "index_select", "masked_fill", "masked_select", "select",
     "threshold", "max", "min", "amax", "amin", "cat", "stack", "square",
 )  # fmt: skip  # a table, read as one
@@ -75,7 +75,7 @@ def only_leads(name: str, args: tuple[Any, ...]) -> bool:
         args: its arguments: of a power the exponent decides, which may be that of a root or a quotient.
 
     Example:
-        >>> only_leads("clamp", (0.5, 0)), only_leads("log", (0.5,)), only_leads("pow", (0.5, 2))
+        >>> only_leads("clamp_min", (0.5, 0)), only_leads("log", (0.5,)), only_leads("pow", (0.5, 2))
         (True, False, True)
     """
     name = name.partition(".")[0]

@@ -72,6 +72,7 @@ FRAGILE = {
         torch.sigmoid, lambda z: gated(z, lambda left: -(left + 1e-10).log())
     ),
     "odds": Fragile(torch.sigmoid, lambda p: 1 / p),
+    "bounded above": Fragile(torch.exp, lambda e: e.clamp(max=10.0)),
     "quotient": Fragile(torch.exp, lambda e: 3.0 / (e + 1e-6)),
     "power": Fragile(torch.sigmoid, lambda p: (p + 1e-6) ** -0.5),
     "squared": Fragile(torch.sigmoid, lambda p: -(1 - p**2 + 1e-6).log()),
