@@ -23,7 +23,7 @@ _LEADING = _with_operators(
     "gather", "take_along_dim", "where", "getitem", "index_select", "masked_fill", "masked_select", "select",
     "threshold", "max", "min", "amax", "amin", "cat", "stack", "square",
 )  # fmt: skip  # a table, read as one
-"""Uses whose result may be given to such an op: what shifts, bounds, picks or squares."""
+"""Uses whose result may be given to such an op: what shifts, bounds from below, picks or squares."""
 
 _POWERS = _with_operators("pow", "float_power")
 """Uses that do one or the other."""

@@ -21,7 +21,7 @@ from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.repeatable import ROWS
 from lightning_tinykg.activations.rules import ANGLE, EXACT, SIGN, SMOOTH, Need, Rule
 from lightning_tinykg.activations.storages import Layout
-from lightning_tinykg.activations.values import Value, Values
+from lightning_tinykg.activations.values import Values
 from lightning_tinykg.activations.widths import Widths
 from lightning_tinykg.activations.within import Made, dropped, made_within
 from lightning_tinykg.codecs.affine import FINE_BITS
@@ -56,20 +56,11 @@ class Follower:
         self._forms = forms
         self._books = books
         self._widths = widths
-        # fragile saves that are made again of what is rounded, by what they were made as: storage and version
         self._decider = decider
         self._hindsight = Hindsight(costs, decider, widths, books)
-        self._fragile: dict[tuple[Value, int], tuple[weakref.ref[Saved], Layout, Entry]] = {}
-
-    def note_fragile(self, saved: Saved, tensor: Tensor, entry: Entry) -> None:
-        """A save whose error another op may blow up is made again of what is rounded."""
-        recipe = self.recipes.find(tensor)
-        if recipe is not None:
-            self._fragile[recipe.value, recipe.version] = weakref.ref(saved), Layout.of(tensor), entry
 
     def finish(self) -> None:
         """The forward is over: nothing will use its results any more, and all that is kept is known."""
-        self._fragile.clear()
         self._hindsight.look_back(self._follow_if_it_can_be)
 
     def _follow_if_it_can_be(self, recipe: Recipe, least: int, layout: Layout, entry: Entry) -> Remade | None:
@@ -77,21 +68,21 @@ class Follower:
             return self._follow(recipe, least, layout, entry)
         return None
 
-    def make_exactly(self, tensor: Tensor) -> None:
+    def make_exactly(self, saved: Saved, result: Tensor, entry: Entry) -> None:
         """An op is to blow up the error of a result, whose save is made again of what is rounded: not any more.
 
         It is made of what is exact or, if that takes more, or what it was made of is gone, kept itself.
 
         Args:
-            tensor: the result.
+            saved: the save.
+            result: the result, or the tensor that it is a view of.
+            entry: the save's.
         """
-        recipe = self.recipes.find(tensor)
-        found = None if recipe is None else self._fragile.pop((recipe.value, recipe.version), None)
-        saved = None if found is None else found[0]()
-        if found is None or saved is None or not isinstance(saved.kept, Remade):
+        remade = saved.kept
+        if not isinstance(remade, Remade) or remade.making.exact or result._version != saved.version:
             return
-        remade, (_, layout, entry) = saved.kept, found
-        result = tensor.as_strided(layout.shape, layout.stride, layout.offset)
+        layout = remade.layout
+        result = result.as_strided(layout.shape, layout.stride, layout.offset)
         exactly = self.remade(result, EXACT, 32, entry, computes=True, steady=True)
         if exactly is None:
             entry.recipe, entry.work = "", 0

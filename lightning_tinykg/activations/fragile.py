@@ -4,8 +4,8 @@ Rounding is off by a step of the group's range, while a sigmoid, a softmax or an
 magnitude: of ``1e-6`` rounding leaves nothing. Mostly that is as little as it looks, since the gradient of
 ``sigmoid(x) * h`` at such a place is next to nothing too. But ``log(sigmoid(x) + 1e-10)`` divides by it again, and a
 step of a hundredth becomes a thousand. What an op like the logarithm sees, it keeps exactly itself (``rules.py``); of
-what stands between, an addition or a clamp, nothing is saved at all. So the use of a fragile result decides, and of
-what an addition, a clamp or an index makes of it: for ``log(1 - z)`` it is kept exactly, for ``(1 - z) * x`` it is not.
+what stands between, an addition or a maximum, nothing is saved at all. So the use of a fragile result decides, and of
+what an addition, a maximum or an index makes of it: for ``log(1 - z)`` it is kept exactly, for ``(1 - z) * x`` not.
 
 Nor is one made again of rounded scores then: of ``p = sigmoid(x)`` a cross entropy gives back ``1 / (p * (1 - p))``,
 and the sigmoid multiplies that by ``p * (1 - p)``. Where the one is exact and the other is not, nothing is left of
@@ -26,7 +26,9 @@ from lightning_tinykg.activations.amplifying import only_leads
 from lightning_tinykg.activations.following import Follower
 from lightning_tinykg.activations.forms import Forms
 from lightning_tinykg.activations.functions import Function
-from lightning_tinykg.activations.keeping import Record, Saved
+from lightning_tinykg.activations.keeping import Coded, Record, Saved
+from lightning_tinykg.activations.ledger import Entry
+from lightning_tinykg.activations.remaking import Remade
 from lightning_tinykg.activations.storages import is_plain, ordinary, storage_id, tensors_in, viewed
 from lightning_tinykg.activations.workspace import Workspace
 
@@ -65,13 +67,19 @@ class Fragiles:
         self._follower = follower
         self._workspace = workspace
         self._results: weakref.WeakValueDictionary[int, Record | Saved] = weakref.WeakValueDictionary()
+        self._entries: weakref.WeakKeyDictionary[Saved, Entry] = weakref.WeakKeyDictionary()
         self._held: weakref.WeakValueDictionary[int, _Rounded] = weakref.WeakValueDictionary()
         self._led_to: dict[int, tuple[StorageWeakRef, list[_Rounded]]] = {}
         self._leading: list[_Rounded] = []
 
-    def note(self, tensor: Tensor, kept: Record | Saved) -> None:
-        """A fragile result was rounded, or its save is made again of what was."""
-        self._results[storage_id(tensor)] = kept
+    def note(self, tensor: Tensor, saved: Saved, entry: Entry) -> None:
+        """A fragile result was saved: remember it, if it was rounded, or is made again of what was."""
+        kept = saved.kept
+        if isinstance(kept, Coded) and kept.record.bits < 32:
+            self._results[storage_id(tensor)] = kept.record
+        elif isinstance(kept, Remade) and not kept.making.exact:
+            self._results[storage_id(tensor)] = saved
+            self._entries[saved] = entry
 
     def before(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op is about to run: keep exactly what it would blow up the error of."""
@@ -141,6 +149,6 @@ class Fragiles:
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 if isinstance(kept, Saved):
                     assert self._follower is not None
-                    self._follower.make_exactly(rounded.whole)
+                    self._follower.make_exactly(saved=kept, result=rounded.whole, entry=self._entries[kept])
                 elif kept is not None and kept.bits < 32 and kept.entry is not None:
                     self._forms.value(rounded.whole, 32, kept.entry)

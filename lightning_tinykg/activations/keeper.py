@@ -22,7 +22,6 @@ from lightning_tinykg.activations.functions import Function
 from lightning_tinykg.activations.hindsight import records_in
 from lightning_tinykg.activations.keeping import (
     AsComplex,
-    Coded,
     Conjugated,
     Kept,
     Levels,
@@ -31,7 +30,6 @@ from lightning_tinykg.activations.keeping import (
 )
 from lightning_tinykg.activations.ledger import Entry, Ledger
 from lightning_tinykg.activations.recipe_book import RecipeBook
-from lightning_tinykg.activations.remaking import Remade
 from lightning_tinykg.activations.rules import (
     ANGLE,
     COMPARED,
@@ -220,11 +218,7 @@ class Keeper:
             if is_deferrable(tensor, where):
                 saved.defer(tensor)
             if where in FRAGILE:
-                if isinstance(kept, Coded) and kept.record.bits < 32:
-                    self._fragiles.note(tensor, kept.record)
-                elif isinstance(kept, Remade) and not kept.making.exact and self._follower is not None:
-                    self._follower.note_fragile(saved, tensor, entry)
-                    self._fragiles.note(tensor, saved)
+                self._fragiles.note(tensor, saved, entry)
         return entry
 
     def _choose(self, tensor: Tensor, rule: Rule, entry: Entry, op: str, node: Any, computes: bool = True) -> Kept:
