@@ -110,6 +110,7 @@ class PackedModel(nn.Module):
                         tables[site.parameter] = memo[id(table)] = packed
                     else:  # codes decode to float32
                         memo[id(table)] = nn.Parameter(packed.decode().to(table.dtype), requires_grad=False)
+            memo |= _without_graphs(quantizer.model)
             model = copy.deepcopy(quantizer.model, memo)
             _uncompile_methods(model, memo)
         finally:
@@ -310,6 +311,16 @@ class PackedModel(nn.Module):
             raise PackedFileError(f"{folder}: of another model: {error}") from None
         model.requires_grad_(False)
         return packed
+
+
+def _without_graphs(model: nn.Module) -> dict[int, Any]:
+    """By identity: copies of what modules have noted of their last step, as PyG's `VGAE` does, which PyTorch won't copy."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
 
 
 def _uncompile_methods(model: nn.Module, memo: dict[int, Any]) -> None:

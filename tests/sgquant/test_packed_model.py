@@ -255,6 +255,32 @@ def test_features_are_packed_in_pieces() -> None:
         packed.pack_features(x[:, :5], edge_index)
 
 
+def test_a_model_that_notes_what_it_has_computed_is_packed_after_a_step_of_training() -> None:
+    class Noting(nn.Module):  # as PyG's VGAE does
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = pyg.GCNConv(6, 4)
+            self.register_buffer("last", None)
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            self.mean = self.conv(x, edge_index)
+            self.last = self.mean.relu()
+            return self.last
+
+    model, x = Noting(), torch.randn(30, 6)
+    edges = torch.randint(30, (2, 90))
+    quantizer = SGQuantizer(model, 4)
+    quantizer.calibrate(lambda: model(x, edges))
+    with quantizer:
+        out = model(x, edges)
+    out.sum().backward()
+    packed = PackedModel.from_quantizer(quantizer)
+    assert torch.equal(packed.model.mean, model.mean) and not packed.model.mean.requires_grad
+    assert model.mean.requires_grad and model.last.requires_grad
+    with torch.no_grad():
+        assert torch.equal(packed(x, edges), out)
+
+
 def test_another_graph_takes_the_same_thresholds() -> None:
     quantizer = calibrated(gat(), topologywise([8, 4, 2, 1]))
     packed = PackedModel.from_quantizer(quantizer, block_edges=5)
