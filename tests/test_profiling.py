@@ -349,7 +349,7 @@ def test_an_error_in_the_step_leaves_the_trainer_whole() -> None:
     [
         ({"widths": [3]}, r"widths must be one of 1, 2, 4, 8, 32, got 3"),
         ({"widths": []}, r"widths must be some of .*, got none"),
-        ({"steps": 0}, r"steps must be at least 1, got 0"),
+        ({"steps": 0}, r"steps must be a whole number of at least 1, got 0"),
         ({"train_dataloaders": []}, r"got none"),
     ],
 )

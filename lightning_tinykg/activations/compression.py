@@ -20,6 +20,7 @@ from lightning_tinykg.activations.modules import ModuleTracker, Pattern, check_m
 from lightning_tinykg.activations.observer import THREAD, Observer
 from lightning_tinykg.activations.planning import Planner
 from lightning_tinykg.activations.widths import NO_STEP, StepSize
+from lightning_tinykg.arguments import check_choice, check_whole
 from lightning_tinykg.bits.budget import Budget
 from lightning_tinykg.bits.plan import BitPlan, bits_now
 from lightning_tinykg.bits.schedule import WIDTHS, Schedule, check_bits
@@ -113,16 +114,13 @@ class compress_activations:
             check_bits(bits)
         plan = bits if isinstance(bits, BitPlan) else BitPlan(default=bits)
         plan.check_widths(WIDTHS if recipe == "paper" else (*CODE_BITS, 32), "compress_activations")
-        if group_size is not None and group_size < 1:
-            raise ValueError(f"group_size must be at least 1, or None, got {group_size}")
-        if min_bytes < 0:
-            raise ValueError(f"min_bytes must be at least 0, got {min_bytes}")
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(map(repr, RECIPES))}, got {recipe!r}")
+        if group_size is not None:
+            check_whole("group_size", group_size, 1, ", or None")
+        check_whole("min_bytes", min_bytes)
+        check_choice("recipe", recipe, RECIPES)
         if recipe == "paper" and bits == 32:
             raise ValueError("recipe='paper' has no exact mode: bits must be one of 1, 2, 4, 8, got 32")
-        if recompute not in RECOMPUTE:
-            raise ValueError(f"recompute must be one of {', '.join(map(repr, RECOMPUTE))}, got {recompute!r}")
+        check_choice("recompute", recompute, RECOMPUTE)
         self.plan = plan
         """Which bits where; with a budget, what is chosen is in :attr:`plan_in_force`."""
         self.planner = None if budget is None else Planner(Budget.parse(budget))
@@ -135,12 +133,15 @@ class compress_activations:
         self.epoch = 0
         """Epochs so far, which schedules go by that count epochs."""
         self.group_size = group_size
-        self.seed = seed
+        self.seed = check_whole("seed", seed)
         self.min_bytes = min_bytes
         self.recipe = recipe
         self.recompute = recompute
         if isinstance(modules, str):
             raise ValueError(f"modules must be a list of patterns, got the string {modules!r}: write [{modules!r}]")
+        for pattern in modules or ():
+            if not isinstance(pattern, (str, type)):
+                raise ValueError(f"modules must be module paths, class names or classes, got {pattern!r}")
         self.modules = modules
         self.root = root
         self.step = 0

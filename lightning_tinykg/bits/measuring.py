@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_tinykg.arguments import check_whole
 from lightning_tinykg.bits.front import Trial
 from lightning_tinykg.bits.plan import BitPlan
 
@@ -118,8 +119,7 @@ class Measurer:
 
     def __init__(self, measure: Measure, repeats: int = 1, workers: int = 1) -> None:
         for name, value in (("repeats", repeats), ("workers", workers)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            check_whole(name, value, 1)
         _check_signature(measure, repeats)
         self._measure = measure
         self._repeats = repeats

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from lightning_tinykg.arguments import check_whole
+
 WIDTHS = (1, 2, 4, 8, 32)
 """The widths there are; 32 is exact."""
 
@@ -28,7 +30,7 @@ def check_bits(bits: object, name: str = "bits") -> None:
         Traceback (most recent call last):
         ValueError: bits must be one of 1, 2, 4, 8, 32, got 3
     """
-    if isinstance(bits, bool) or bits not in WIDTHS:
+    if isinstance(bits, bool) or not hasattr(bits, "__index__") or bits not in WIDTHS:
         raise ValueError(f"{name} must be one of {', '.join(map(str, WIDTHS))}, got {bits!r}")
 
 
@@ -155,8 +157,7 @@ class _Anneal(Schedule):
     def __init__(self, start: int = 8, end: int = 2, *, steps: int, by: By = "step") -> None:
         check_bits(start, "start")
         check_bits(end, "end")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        check_whole("steps", steps, 1)
         self.start = start
         self.end = end
         self.steps = steps
@@ -237,8 +238,7 @@ class WarmupThen(Schedule):
 
     def __init__(self, steps: int, bits: int, then: Schedule | int, by: By = "step") -> None:
         check_bits(bits)
-        if steps < 0:
-            raise ValueError(f"steps must be at least 0, got {steps}")
+        check_whole("steps", steps)
         self.steps = steps
         self.bits = bits
         self.by = _checked_by(by)

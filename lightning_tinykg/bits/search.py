@@ -30,6 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from lightning_tinykg.arguments import check_choice, check_whole
 from lightning_tinykg.bits.budget import Budget
 from lightning_tinykg.bits.filling import Filling
 from lightning_tinykg.bits.front import Front, Trial, allowed_drop
@@ -130,19 +131,15 @@ class AutoBitSelector:
         logger: SearchLogger | None = None,
         progress: bool = True,
     ) -> None:
-        least = {"measurements": 1, "rounds": 0, "per_round": 1, "samples": 1, "seed": 0}
-        given = {
-            "measurements": measurements,
-            "rounds": rounds,
-            "per_round": per_round,
-            "samples": samples,
-            "seed": seed,
-        }
-        for argument, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < least[argument]:
-                raise ValueError(f"{argument} must be a whole number of at least {least[argument]}, got {value!r}")
-        if model not in get_args(Model):
-            raise ValueError(f"model must be one of {', '.join(get_args(Model))}, got {model!r}")
+        for argument, value, least in (
+            ("measurements", measurements, 1),
+            ("rounds", rounds, 0),
+            ("per_round", per_round, 1),
+            ("samples", samples, 1),
+            ("seed", seed, 0),
+        ):
+            check_whole(argument, value, least)
+        check_choice("model", model, get_args(Model))
         allowed_drop(tolerance, 1.0 if reference is None else reference)
         self.space = space
         self.bytes_of = bytes_of

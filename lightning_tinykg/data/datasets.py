@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset
 from torch_geometric.data import Data
 
+from lightning_tinykg.arguments import check_whole
 from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
 from lightning_tinykg.data.files import sorted_unique
 from lightning_tinykg.data.loaders import Step
@@ -145,8 +146,7 @@ class RankingBatches(Dataset[RankingBatch]):
     def __init__(
         self, exclude: list[ItemsByUser], target: ItemsByUser, *, chunk: int, num_replicas: int = 1, rank: int = 0
     ) -> None:
-        if chunk < 1:
-            raise ValueError(f"eval_batch_size must be at least 1, got {chunk}")
+        check_whole("eval_batch_size", chunk, 1)
         self.exclude, self.target = exclude, target
         users = np.flatnonzero(np.diff(target.starts))
         most = -(-users.size // num_replicas)

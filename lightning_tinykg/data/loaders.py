@@ -11,6 +11,8 @@ import numpy.typing as npt
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_tinykg.arguments import check_whole
+
 __all__ = ["PhasedLoader", "ResumableLoader", "ShardedBatches", "Step"]
 
 IntArray = npt.NDArray[np.int64]
@@ -53,8 +55,7 @@ class ShardedBatches(DistributedSampler[Step]):
     """
 
     def __init__(self, num_rows: int, *, batch_size: int, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_whole("batch_size", batch_size, 1)
         super().__init__(range(num_rows), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]  # only len is asked
         self.num_rows = num_rows
         self.batch_size = batch_size

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torch_geometric.data import HeteroData
 
+from lightning_tinykg.arguments import check_choice, check_number, check_whole
 from lightning_tinykg.data.batches import RankingBatch
 from lightning_tinykg.data.cache import read_cached
 from lightning_tinykg.data.datasets import BPRBatches, RankingBatches, TripleBatches
@@ -97,17 +98,14 @@ class KGRecDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if not (triple_batch_size in (None, "auto") or (isinstance(triple_batch_size, int) and triple_batch_size > 0)):
-            raise ValueError(f"triple_batch_size must be at least 1, 'auto' or None, got {triple_batch_size!r}")
-        if sampling not in ("full", "neighbor"):
-            raise ValueError(f"sampling must be 'full' or 'neighbor', got {sampling!r}")
+            check_whole(name, size, 1)
+        if triple_batch_size not in (None, "auto"):
+            check_whole("triple_batch_size", triple_batch_size, 1, ", 'auto' or None")
+        check_choice("sampling", sampling, ("full", "neighbor"))
         for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0 <= fraction < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {fraction}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
+            check_number(name, fraction, least=0, below=1)
+        check_whole("seed", seed)
+        check_whole("num_workers", num_workers)
         self.root = root if isinstance(root, SyntheticKG) else _synthetic(str(root), seed) or Path(root)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.triple_batch_size = triple_batch_size

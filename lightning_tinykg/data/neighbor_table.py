@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import HeteroData
 
+from lightning_tinykg.arguments import check_whole
 from lightning_tinykg.data.graph import RELATES
 
 __all__ = ["neighbor_table"]
@@ -40,8 +41,7 @@ def neighbor_table(graph: HeteroData, *, size: int, seed: int) -> tuple[Tensor, 
         >>> relation[:2].tolist()
         [[1, 1], [0, 0]]
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
+    check_whole("size", size, 1)
     num_entities = int(graph["entity"].num_nodes)
     head, tail = graph[RELATES].edge_index.cpu().numpy()
     kind = graph[RELATES].edge_type.cpu().numpy()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lightning_tinykg.arguments import check_number, check_whole
 from lightning_tinykg.data.files import KGRecFiles, unique_pairs
 
 __all__ = ["SyntheticKG"]
@@ -78,10 +79,8 @@ class SyntheticKG:
 
     def sizes(self) -> tuple[int, int, int]:
         """Number of users, items and interactions."""
-        if self.num_edges < 500:
-            raise ValueError(f"num_edges must be at least 500, got {self.num_edges}")
-        if self.taste < 0:
-            raise ValueError(f"taste must not be negative, got {self.taste}")
+        check_whole("num_edges", self.num_edges, 500)
+        check_number("taste", self.taste, least=0)
         items = self.num_items if self.num_items is not None else self.num_edges * 4 // (7 * _TRIPLES_PER_ITEM)
         pairs = self.num_interactions if self.num_interactions is not None else self.num_edges * 3 // 7
         users = self.num_users if self.num_users is not None else pairs // 10

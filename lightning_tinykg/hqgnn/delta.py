@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_tinykg.arguments import check_whole
 from lightning_tinykg.codecs.uniform import spread
 from lightning_tinykg.hqgnn.hessian import Curvature, bpr_curvature, curvature, merge
 from lightning_tinykg.hqgnn.quantizer import Quantizer
@@ -38,8 +39,8 @@ class DeltaRule(nn.Module):
         fixed = isinstance(hessian, int | float) and not isinstance(hessian, bool)
         if hessian not in ("closed", "hutchinson") and not (fixed and 0 <= float(hessian) < float("inf")):
             raise ValueError(f"hessian must be 'closed', 'hutchinson' or a fixed delta of at least 0, got {hessian!r}")
-        if refresh_every < 1:
-            raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
+        check_whole("refresh_every", refresh_every, 1)
+        check_whole("seed", seed)
         self.hessian, self.refresh_every, self.seed = hessian, refresh_every, seed
         self.delta: Tensor
         self.register_buffer("delta", torch.tensor(float(hessian) if fixed else 0.0))

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_tinykg.arguments import check_whole
+
 __all__ = ["Teacher", "ranking_loss"]
 
 
@@ -25,8 +27,7 @@ class Teacher:
     """
 
     def __init__(self, users: Tensor, items: Tensor, top: int = 50) -> None:
-        if top < 1:
-            raise ValueError(f"top must be at least 1, got {top}")
+        check_whole("top", top, 1)
         self.users, self.items = users.detach().float(), items.detach().float()
         top = min(top, items.size(0))
         self.best = torch.cat([(chunk @ self.items.t()).topk(top).indices for chunk in self.users.split(1024)])

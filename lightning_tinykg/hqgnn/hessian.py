@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_tinykg.arguments import check_number
+
 __all__ = ["MAX_DELTA", "Curvature", "TraceEstimate", "bpr_curvature", "bpr_trace", "curvature", "hutchinson"]
 
 MAX_DELTA = 2.0
@@ -232,8 +234,7 @@ def hutchinson(
     """
     if not 2 <= min_probes <= max_probes:
         raise ValueError(f"min_probes must be at least 2 and at most max_probes, got {min_probes} and {max_probes}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    check_number("tolerance", tolerance, least=0)
     with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
         leaves = [point.detach().requires_grad_() for point in points]
         first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True, materialize_grads=True)

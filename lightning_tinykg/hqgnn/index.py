@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lightning_tinykg.arguments import check_number, check_whole
 from lightning_tinykg.hqgnn.fastscan import CodeIndex, unsupported
 from lightning_tinykg.hqgnn.folder import Export, ExportError
 from lightning_tinykg.hqgnn.ranking import Excluded, exhaustive
@@ -241,11 +242,9 @@ class LowBitIndex:
     def _search(
         self, vectors: Floats, k: int, excluded: Excluded | None, refine_factor: float | None
     ) -> tuple[Ints, Floats]:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        if refine_factor is not None and not 1 <= refine_factor < float("inf"):
-            raise ValueError(f"refine_factor must be at least 1 and finite, or None, got {refine_factor}")
-        k = min(k, self.num_items)
+        k = min(check_whole("k", k, 1), self.num_items)
+        if refine_factor is not None:
+            check_number("refine_factor", refine_factor, least=1, otherwise=", or None")
         if excluded is not None and not len(excluded.item):
             excluded = None
         if self._faiss is None or not k:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 from typing_extensions import override
 
+from lightning_tinykg.arguments import check_choice, check_number, check_whole
 from lightning_tinykg.bits.schedule import ConstantBits, Schedule, check_bits, from_dict
 from lightning_tinykg.data.batches import BPRBatch
 from lightning_tinykg.hqgnn import encoders
@@ -129,16 +130,15 @@ class HQGNN(QuantizedRanking):
         compare: Sequence[int] = (32,),
         seed: int = 0,
     ) -> None:
-        if estimator not in get_args(Estimator):
-            raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
-        if not distillation >= 0 or not temperature > 0:
-            raise ValueError(
-                f"distillation must be at least 0 and temperature above 0, got {distillation} and {temperature}"
-            )
-        if teacher_top < 1:
-            raise ValueError(f"teacher_top must be at least 1, got {teacher_top}")
-        if rotate not in (None, *get_args(Rotate)):
-            raise ValueError(f"rotate must be one of {', '.join(get_args(Rotate))} or None, got {rotate!r}")
+        check_choice("estimator", estimator, get_args(Estimator))
+        check_number("distillation", distillation, least=0)
+        check_number("temperature", temperature, above=0)
+        check_whole("teacher_top", teacher_top, 1)
+        if rotate is not None:
+            check_choice("rotate", rotate, get_args(Rotate), " or None")
+        for name, rate in (("lr", lr), ("quantizer_lr", quantizer_lr), ("l2", l2)):
+            if rate is not None:
+                check_number(name, rate, least=0)
         for width in compare:
             check_bits(width, "compare")
         made = encoders.make(encoder) if isinstance(encoder, Mapping) else encoder

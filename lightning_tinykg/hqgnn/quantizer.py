@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_tinykg.arguments import check_choice, check_number, check_whole
 from lightning_tinykg.bits.schedule import check_bits
 from lightning_tinykg.codecs.packing import packed_size
 from lightning_tinykg.codecs.uniform import nearest_codes, symmetric_zero
@@ -76,15 +77,11 @@ class Quantizer(nn.Module):
             ("clip", clip, Clip),
             ("calibration", calibration or "mse", Calibration),
         ):
-            if value not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
-        if group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {group_size}")
-        for name, number, least, most in (("percentile", percentile, 0, 1), ("momentum", momentum, 0, 1)):
-            if not least <= number <= most:
-                raise ValueError(f"{name} must be from {least} to {most}, got {number}")
-        if not window >= 0:
-            raise ValueError(f"window must be at least 0, got {window}")
+            check_choice(name, value, get_args(choices))
+        check_whole("group_size", group_size, 1)
+        check_number("percentile", percentile, least=0, most=1)
+        check_number("momentum", momentum, least=0, most=1)
+        check_number("window", window, least=0)
         self.bits, self.scale, self.group_size, self.clip = bits, scale, group_size, clip
         self.asked_calibration, self.percentile, self.momentum, self.window = calibration, percentile, momentum, window
         self.calibrated = False

@@ -11,6 +11,7 @@ from torch_geometric.data import HeteroData
 from torch_geometric.metrics import LinkPredMetricCollection, LinkPredNDCG, LinkPredRecall
 from torch_geometric.utils import cumsum
 
+from lightning_tinykg.arguments import check_number, check_whole, check_wholes
 from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
 from lightning_tinykg.models.functional import best_scored, bpr_loss, dot_products, half_squared_norm
 from lightning_tinykg.models.graph_buffers import HoldsGraph, leave_graph_out_of_ddp
@@ -79,9 +80,11 @@ class RankingModule(HoldsGraph, L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # collects the subclass's arguments too
-        cutoffs = [k] if isinstance(k, int) else list(k)
-        if not cutoffs or min(cutoffs) < 1:
-            raise ValueError(f"k must be a positive integer or several, got {k!r}")
+        cutoffs = check_wholes("k", k, 1) if isinstance(k, Sequence) else (check_whole("k", k, 1),)
+        if not cutoffs:
+            raise ValueError("k must be a whole number of at least 1, or several, got none")
+        check_number("lr", lr, least=0)
+        check_number("l2", l2, least=0)
         given = (num_users, num_items, num_entities, num_relations)
         if None in given and any(size is not None for size in given):
             raise ValueError(
@@ -320,8 +323,7 @@ class RankingModule(HoldsGraph, L.LightningModule):
         """
         self._require_graph()
         ids = torch.as_tensor(user_ids, dtype=torch.long, device=self.device).reshape(-1)
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+        check_whole("k", k, 1)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_users:
             raise ValueError(f"user_ids must be in 0..{self.num_users - 1}, got {int(ids.min())}..{int(ids.max())}")
         was_training = self.training

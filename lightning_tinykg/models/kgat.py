@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.nn import MessagePassing
 
+from lightning_tinykg.arguments import check_choice, check_number, check_whole, check_wholes
 from lightning_tinykg.data.batches import TripleBatch
 from lightning_tinykg.data.graph import collaborative_graph
 from lightning_tinykg.models.attention import RelationalAttention, RelationGroups
@@ -162,10 +163,12 @@ class KGAT(RankingModule):
         num_relations: int | None = None,
     ) -> None:
         for name, value, choices in (("aggregator", aggregator, Aggregator), ("attention", attention, Attention)):
-            if value not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+            check_choice(name, value, get_args(choices))
+        check_whole("dim", dim, 1)
+        check_whole("relation_dim", relation_dim, 1)
+        check_wholes("layer_dims", layer_dims, 1)
+        check_number("dropout", dropout, least=0, below=1)
+        check_number("triple_l2", triple_l2, least=0)
         super().__init__(
             lr=lr,
             l2=l2,

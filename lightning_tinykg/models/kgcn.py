@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
+from lightning_tinykg.arguments import check_choice, check_whole
 from lightning_tinykg.data.neighbor_table import neighbor_table
 from lightning_tinykg.models.pairs import Loss, PairModule
 
@@ -137,13 +138,11 @@ class KGCN(PairModule):
         num_entities: int | None = None,
         num_relations: int | None = None,
     ) -> None:
-        if aggregator not in get_args(Aggregator):
-            raise ValueError(f"aggregator must be one of {', '.join(get_args(Aggregator))}, got {aggregator!r}")
-        if scaling not in ("paper", "code"):
-            raise ValueError(f"scaling must be 'paper' or 'code', got {scaling!r}")
-        for name, value in (("hops", hops), ("neighbors", neighbors)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_choice("aggregator", aggregator, get_args(Aggregator))
+        check_choice("scaling", scaling, ("paper", "code"))
+        for name, value in (("dim", dim), ("hops", hops), ("neighbors", neighbors)):
+            check_whole(name, value, 1)
+        check_whole("neighbor_seed", neighbor_seed)
         super().__init__(
             loss=loss,
             lr=lr,

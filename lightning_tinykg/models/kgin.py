@@ -9,6 +9,7 @@ from torch_geometric.data import HeteroData
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import OptTensor
 
+from lightning_tinykg.arguments import check_number, check_whole
 from lightning_tinykg.data.graph import collaborative_graph
 from lightning_tinykg.models.base import RankingModule
 from lightning_tinykg.models.functional import distance_correlation
@@ -147,12 +148,10 @@ class KGIN(RankingModule):
         num_relations: int | None = None,
     ) -> None:
         for name, share in (("dropout", dropout), ("edge_dropout", edge_dropout)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {share}")
-        if num_intents < 1:
-            raise ValueError(f"num_intents must be at least 1, got {num_intents}")
-        if independence < 0:
-            raise ValueError(f"independence must be at least 0, got {independence}")
+            check_number(name, share, least=0, below=1)
+        check_number("independence", independence, least=0)
+        for name, value, least in (("dim", dim, 1), ("num_layers", num_layers, 0), ("num_intents", num_intents, 1)):
+            check_whole(name, value, least)
         super().__init__(
             lr=lr,
             l2=l2,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric.data import HeteroData
 
+from lightning_tinykg.arguments import check_number
 from lightning_tinykg.data.ctr import NEGATIVE, sample_negatives
 from lightning_tinykg.data.graph import INTERACTS
 from lightning_tinykg.models.kgcn import KGCN, Aggregator, ReceptiveField
@@ -81,8 +82,7 @@ class KGNNLS(KGCN):
         num_entities: int | None = None,
         num_relations: int | None = None,
     ) -> None:
-        if ls_weight < 0:
-            raise ValueError(f"ls_weight must not be negative, got {ls_weight}")
+        check_number("ls_weight", ls_weight, least=0)
         super().__init__(
             dim=dim,
             hops=hops,

@@ -10,6 +10,7 @@ from torch_geometric.nn.conv.lg_conv import LGConv
 from torch_geometric.nn.models import LightGCN as Encoder
 from torch_geometric.utils import to_undirected
 
+from lightning_tinykg.arguments import check_whole
 from lightning_tinykg.data.graph import collaborative_graph
 from lightning_tinykg.models.base import RankingModule
 from lightning_tinykg.models.propagation import SparseMatrix, is_watched, propagate, row_starts
@@ -53,6 +54,8 @@ class LightGCN(RankingModule):
         num_entities: int | None = None,
         num_relations: int | None = None,
     ) -> None:
+        check_whole("dim", dim, 1)
+        check_whole("num_layers", num_layers)
         super().__init__(
             lr=lr,
             l2=l2,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import BinaryAUROC, BinaryF1Score
 
+from lightning_tinykg.arguments import check_choice
 from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
 from lightning_tinykg.data.ctr import CTRBatch
 from lightning_tinykg.models.base import RankingModule
@@ -60,8 +61,7 @@ class PairModule(RankingModule):
         num_entities: int | None = None,
         num_relations: int | None = None,
     ) -> None:
-        if loss not in get_args(Loss):
-            raise ValueError(f"loss must be one of {', '.join(get_args(Loss))}, got {loss!r}")
+        check_choice("loss", loss, get_args(Loss))
         super().__init__(
             lr=lr,
             l2=l2,

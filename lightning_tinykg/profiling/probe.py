@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from lightning_tinykg.activations import Ledger, compress_activations
 from lightning_tinykg.activations.costs import RECOMPUTE
+from lightning_tinykg.arguments import check_whole
 from lightning_tinykg.bits.schedule import WIDTHS, check_bits
 from lightning_tinykg.callback import TinyKGCallback
 from lightning_tinykg.profiling.report import Point, Profile
@@ -90,8 +91,7 @@ def profile(
         >>> [(point.bits, point.error) for point in points]
         [(32, 0.0)]
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_whole("steps", steps, 1)
     if not widths:
         raise ValueError("widths must be some of 1, 2, 4, 8, 32, got none")
     for width in widths:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch_geometric.nn import MessagePassing
 
+from lightning_tinykg.arguments import check_whole
 from lightning_tinykg.sgquant.blocked import BlockedLayer, Storage
 from lightning_tinykg.sgquant.receivers import BlockCache
 
@@ -50,8 +51,7 @@ def in_blocks(
         ...     torch.equal(conv(x, edges), plain)
         True
     """
-    if block_edges < 1:
-        raise ValueError(f"block_edges must be at least 1, got {block_edges}")
+    check_whole("block_edges", block_edges, 1)
     cache, storage, covered = cache or BlockCache(), storage or Storage(), []
     try:
         for layer in model.modules():

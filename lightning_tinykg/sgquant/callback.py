@@ -11,12 +11,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_tinykg.arguments import check_whole
 from lightning_tinykg.bits.plan import BitPlan
 from lightning_tinykg.sgquant.agreeing import NoMessagesError, Report
 from lightning_tinykg.sgquant.calibrating import batches_for, silent
 from lightning_tinykg.sgquant.granularity import DegreeBuckets
 from lightning_tinykg.sgquant.model import PackedModel
-from lightning_tinykg.sgquant.places import Granularity, as_plan
+from lightning_tinykg.sgquant.places import Granularity, as_plan, check_ranges
+from lightning_tinykg.sgquant.protecting import check_protect
 from lightning_tinykg.sgquant.quantizer import SGQuantizer
 from lightning_tinykg.sgquant.ranges import Range
 
@@ -81,8 +83,7 @@ class SGQuantCallback(Callback):
             ("finetune_epochs", finetune_epochs, 0),
             ("calibration_batches", calibration_batches, 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            check_whole(name, value, least)
         self.plan = as_plan(plan)
         self.finetune_epochs, self.calibration_batches = finetune_epochs, calibration_batches
         self.calibration_step = calibration_step
@@ -90,14 +91,15 @@ class SGQuantCallback(Callback):
         """Of the module that was last trained or evaluated."""
         self.is_active = False
         """Whether the module is to be quantized: from the calibration on."""
+        check_ranges(range, percentile, granularity)
         self._make = partial(
             SGQuantizer,
-            buckets=buckets,
+            buckets=DegreeBuckets.from_argument(buckets),
             range=range,
             percentile=percentile,
             granularity=granularity,
-            protect=protect,
-            seed=seed,
+            protect=check_protect(protect),
+            seed=check_whole("seed", seed),
         )
         self._seen = 0  # batches of the calibration
         self._restored: dict[str, Any] | None = None  # the quantizer's state, until there is a module for it

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_tinykg.arguments import check_whole
 from lightning_tinykg.bits.plan import BitPlan, PlanEntry
 
 __all__ = [
@@ -64,8 +65,24 @@ class DegreeBuckets:
                 raise ValueError(f"split_points must be ascending whole numbers, got {list(points)}")
             object.__setattr__(self, "split_points", points)
             object.__setattr__(self, "count", len(points) + 1)
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise ValueError(f"count of degree buckets must be a whole number of at least 1, got {self.count!r}")
+        check_whole("count of degree buckets", self.count, 1)
+
+    @classmethod
+    def from_argument(cls, buckets: DegreeBuckets | int | Sequence[int] | None) -> DegreeBuckets | None:
+        """What a user may write in their place: a count, or the split points; `None` is none.
+
+        Raises:
+            ValueError: If it is none of these.
+
+        Example:
+            >>> DegreeBuckets.from_argument([4, 16])
+            DegreeBuckets(count=3, split_points=(4, 16))
+        """
+        if buckets is None or isinstance(buckets, DegreeBuckets):
+            return buckets
+        if isinstance(buckets, Sequence):
+            return cls(split_points=tuple(buckets))
+        return cls(check_whole("buckets", buckets, 1, ", ascending degrees, DegreeBuckets or None"))
 
     @property
     def names(self) -> tuple[str, ...]:

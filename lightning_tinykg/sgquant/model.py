@@ -314,7 +314,7 @@ class PackedModel(nn.Module):
 
 
 def _without_graphs(model: nn.Module) -> dict[int, Any]:
-    """By identity: copies of what modules have noted of their last step, as PyG's `VGAE` does, which PyTorch won't copy."""
+    """By identity: copies of what modules noted in their last step, as PyG's `VGAE` does, which PyTorch won't copy."""
     return {
         id(value): value.detach().clone()
         for module in model.modules()

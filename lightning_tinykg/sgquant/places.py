@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from lightning_tinykg.arguments import check_choice
 from lightning_tinykg.bits.plan import BitPlan, Place
 from lightning_tinykg.bits.schedule import Schedule
 from lightning_tinykg.sgquant.granularity import COMPONENTS, WIDTHS, DegreeBuckets
@@ -52,14 +53,9 @@ class Places:
         percentile: float,
         granularity: Granularity,
     ) -> None:
-        if granularity not in get_args(Granularity):
-            raise ValueError(f"granularity must be one of {', '.join(get_args(Granularity))}, got {granularity!r}")
-        Observed(1, range, percentile)  # refuses what it can't be
-        if isinstance(buckets, int):
-            buckets = DegreeBuckets(buckets)
-        elif isinstance(buckets, Sequence):
-            buckets = DegreeBuckets(split_points=tuple(buckets))
-        self.buckets, self.granularity, self.range, self.percentile = buckets, granularity, range, percentile
+        check_ranges(range, percentile, granularity)
+        self.buckets = DegreeBuckets.from_argument(buckets)
+        self.granularity, self.range, self.percentile = granularity, range, percentile
         self.sites: dict[Spot, Site] = {}
         """What the calibration found: every tensor that is stored, in the order of the forward."""
         self.points: tuple[int, ...] = ()
@@ -199,6 +195,21 @@ class Places:
         return {"buckets": buckets, "range": self.range, "granularity": self.granularity}
 
 
+def check_ranges(range: Range, percentile: float, granularity: Granularity) -> None:
+    """Refuse how ranges can't be found.
+
+    Raises:
+        ValueError: If an argument has a value it can't have.
+
+    Example:
+        >>> check_ranges("mse", 0.999, "row")
+        Traceback (most recent call last):
+        ValueError: granularity must be one of tensor, bucket, channel, node, auto, got 'row'
+    """
+    check_choice("granularity", granularity, get_args(Granularity))
+    Observed(1, range, percentile)
+
+
 def as_plan(plan: BitPlan | int | str | Path) -> BitPlan:
     """A plan from a width, a path or a plan.
 
@@ -213,6 +224,6 @@ def as_plan(plan: BitPlan | int | str | Path) -> BitPlan:
         return plan
     if isinstance(plan, (str, Path)):
         return BitPlan.load(plan)
-    if isinstance(plan, bool) or plan not in WIDTHS:
+    if isinstance(plan, bool) or not hasattr(plan, "__index__") or plan not in WIDTHS:
         raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}, a BitPlan or a path, got {plan!r}")
     return BitPlan(default=plan)

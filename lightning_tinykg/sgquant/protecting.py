@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def check_protect(protect: tuple[float, float] | None) -> tuple[float, float] | 
     """
     if protect is None:
         return None
-    if len(protect) != 2 or not 0 <= protect[0] <= protect[1] <= 1:
+    if not isinstance(protect, Sequence) or len(protect) != 2 or not 0 <= protect[0] <= protect[1] <= 1:
         raise ValueError(f"protect must be two probabilities, the lesser first, got {protect}")
     return float(protect[0]), float(protect[1])
 

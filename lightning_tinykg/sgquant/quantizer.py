@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
+from lightning_tinykg.arguments import check_whole
 from lightning_tinykg.bits.plan import BitPlan
 from lightning_tinykg.sgquant.agreeing import NoMessagesError, Report, agreed_points, agreed_sites, raise_failures
 from lightning_tinykg.sgquant.granularity import DegreeBuckets
@@ -85,7 +86,7 @@ class SGQuantizer(Places):
         seed: int = 0,
     ) -> None:
         super().__init__(model, plan, buckets, range, percentile, granularity)
-        self.model, self.protect, self.seed, self.step = model, check_protect(protect), seed, 0
+        self.model, self.protect, self.seed, self.step = model, check_protect(protect), check_whole("seed", seed), 0
         self.gather: Callable[[Report], list[Report]] | None = None
         """Gives each rank what all of them saw; `None`: there is one rank."""
         self.graphs = Graphs()

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_tinykg.arguments import check_choice, check_number
 from lightning_tinykg.codecs.uniform import affine, nearest_codes
 
 __all__ = ["Observed", "Range", "least_error", "range_of_rows", "scale_of"]
@@ -130,10 +131,8 @@ class Observed:
     """
 
     def __init__(self, buckets: int, kind: Range = "minmax", percentile: float = 0.999, channels: int = 0) -> None:
-        if kind not in get_args(Range):
-            raise ValueError(f"range must be one of {', '.join(get_args(Range))}, got {kind!r}")
-        if not 0.5 < percentile <= 1:
-            raise ValueError(f"percentile must be above 0.5 and at most 1, got {percentile}")
+        check_choice("range", kind, get_args(Range))
+        check_number("percentile", percentile, above=0.5, most=1)
         self.kind, self.percentile, self.buckets = kind, percentile, buckets
         ranges = buckets + 1 + channels  # of each bucket, of all, of each channel
         self.low, self.high = (torch.full((ranges,), end, dtype=torch.float32) for end in (torch.inf, -torch.inf))

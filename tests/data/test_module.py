@@ -221,12 +221,14 @@ def test_user_who_has_seen_everything_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"eval_batch_size": -1}, "eval_batch_size must be at least 1, got -1"),
-        ({"triple_batch_size": 0}, "triple_batch_size must be at least 1, 'auto' or None, got 0"),
-        ({"sampling": "some"}, "sampling must be 'full' or 'neighbor', got 'some'"),
-        ({"val_fraction": 1.0}, "val_fraction must be at least 0 and below 1, got 1.0"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"eval_batch_size": -1}, "eval_batch_size must be a whole number of at least 1, got -1"),
+        ({"triple_batch_size": 0}, "triple_batch_size must be a whole number of at least 1, 'auto' or None, got 0"),
+        ({"sampling": "some"}, "sampling must be one of full, neighbor, got 'some'"),
+        ({"val_fraction": 1.0}, "val_fraction must be a number of at least 0 and below 1, got 1.0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"batch_size": 2.5}, r"batch_size must be a whole number of at least 1, got 2\.5"),
+        ({"num_workers": -1}, "num_workers must be a whole number of at least 0, got -1"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], error: str) -> None:

@@ -64,5 +64,5 @@ def test_a_graph_without_triples() -> None:
 
 
 def test_size_is_checked() -> None:
-    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1, got 0"):
         neighbor_table(graph(), size=0, seed=0)

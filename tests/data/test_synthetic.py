@@ -90,8 +90,8 @@ def test_without_taste_there_is_popularity_alone(edges: int) -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"taste": -1.0}, "taste must not be negative, got -1.0"),
-        ({"num_edges": 10}, "num_edges must be at least 500, got 10"),
+        ({"taste": -1.0}, "taste must be a number of at least 0, got -1.0"),
+        ({"num_edges": 10}, "num_edges must be a whole number of at least 500, got 10"),
         ({"num_items": 5}, "num_items at least 20, got .* and 5"),
         ({"num_users": 10, "num_interactions": 20}, "num_interactions must be 3 to"),
     ],

@@ -56,7 +56,7 @@ def test_recommend_prints_json_with_ids(folder: Path, capsys: pytest.CaptureFixt
         (["--users", "9"], r"user_ids must be in 0..2, got 9..9"),
         (["--users", "dan", "--ids"], "no user 'dan' in the export"),
         (["--users", "dan"], "--users must be row numbers, got 'dan'; with --ids, ids in the data set"),
-        (["--users", "1", "--k", "0"], "k must be at least 1, got 0"),
+        (["--users", "1", "--k", "0"], "k must be a whole number of at least 1, got 0"),
     ],
 )
 def test_recommend_says_what_is_wrong(

@@ -156,7 +156,7 @@ def test_hutchinson_works_under_no_grad_and_says_what_is_wrong() -> None:
         assert hutchinson(lambda x: (x**2).sum(), [torch.ones(4)]).trace == 8
     with pytest.raises(ValueError, match="min_probes must be at least 2"):
         hutchinson(torch.sum, [torch.ones(2)], min_probes=1)
-    with pytest.raises(ValueError, match="tolerance must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="tolerance must be a number of at least 0, got -1"):
         hutchinson(torch.sum, [torch.ones(2)], tolerance=-1)
 
 
@@ -246,7 +246,7 @@ def test_rule_refuses_what_it_cannot_be() -> None:
         DeltaRule("open")  # type: ignore[arg-type]  # refused
     with pytest.raises(ValueError, match="fixed delta of at least 0, got -1"):
         DeltaRule(-1)
-    with pytest.raises(ValueError, match="refresh_every must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="refresh_every must be a whole number of at least 1, got 0"):
         DeltaRule(refresh_every=0)
     assert not DeltaRule(0.5).is_due(0)
     assert [DeltaRule(refresh_every=3).is_due(step) for step in range(4)] == [True, False, False, True]

@@ -316,14 +316,14 @@ def test_numpy_searches_in_bounded_memory() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda i: i.recommend([0], k=0), ValueError, "k must be at least 1, got 0"),
+        (lambda i: i.recommend([0], k=0), ValueError, "k must be a whole number of at least 1, got 0"),
         (lambda i: i.recommend([5]), ValueError, r"user_ids must be in 0\.\.4, got 5\.\.5"),
         (lambda i: i.recommend([-1]), ValueError, r"got -1\.\.-1"),
         (lambda i: i.recommend([0.5]), TypeError, "user_ids must be integers, got float64"),
         (lambda i: i.search(np.ones((2, 9)), 3), ValueError, r"vectors must have shape \[U, 16\], got \[2, 9\]"),
         (lambda i: i.search(np.full(16, np.nan), 3), ValueError, "vectors must be finite"),
-        (lambda i: i.search(np.ones(16), 3, refine_factor=0.5), ValueError, "refine_factor must be at least 1"),
-        (lambda i: i.search(np.ones(16), 3, refine_factor=np.inf), ValueError, "finite, or None, got inf"),
+        (lambda i: i.search(np.ones(16), 3, refine_factor=0.5), ValueError, "refine_factor must be a number of at"),
+        (lambda i: i.search(np.ones(16), 3, refine_factor=np.inf), ValueError, "at least 1, or None, got inf"),
         (lambda i: i.rows_of(["a"]), ValueError, "the export has no user ids"),
     ],
 )

@@ -220,9 +220,9 @@ def test_a_state_holds_the_width_in_force_and_the_clip() -> None:
         ({"scale": "row"}, "scale must be one of table, node, group, got 'row'"),
         ({"clip": "fixed"}, "clip must be one of learned, ema, got 'fixed'"),
         ({"calibration": "kl"}, "calibration must be one of mse, minmax, percentile, got 'kl'"),
-        ({"group_size": 0}, "group_size must be at least 1, got 0"),
-        ({"percentile": 2}, "percentile must be from 0 to 1, got 2"),
-        ({"window": -1.0}, "window must be at least 0, got -1.0"),
+        ({"group_size": 0}, "group_size must be a whole number of at least 1, got 0"),
+        ({"percentile": 2}, "percentile must be a number of at least 0 and of at most 1, got 2"),
+        ({"window": -1.0}, "window must be a number of at least 0, got -1.0"),
     ],
 )
 def test_what_is_wrong_is_named(options: dict[str, Any], message: str) -> None:

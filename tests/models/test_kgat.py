@@ -237,7 +237,7 @@ def test_a_sampled_batch_looks_up_global_rows(tiny: HeteroData) -> None:
     [
         ("aggregator", "mean", "bi-interaction, sum, concat"),
         ("attention", "none", "refresh, frozen, in-graph"),
-        ("dropout", 1.0, "[0, 1)"),
+        ("dropout", 1.0, "must be a number of at least 0 and below 1, got 1.0"),
     ],
 )
 def test_wrong_arguments_are_named(argument: str, value: object, right: str) -> None:

@@ -133,7 +133,7 @@ def test_widths_of_the_aggregators() -> None:
     ("argument", "value", "right"),
     [
         ("aggregator", "mean", "sum, concat, neighbor"),
-        ("scaling", "none", "'paper' or 'code'"),
+        ("scaling", "none", "must be one of paper, code, got 'none'"),
         ("hops", 0, "at least 1"),
         ("neighbors", 0, "at least 1"),
         ("loss", "mse", "bce, bpr"),

@@ -196,11 +196,11 @@ def test_a_step_is_exact_in_exact_mode_and_far_smaller_in_8_bits(make_data: Any)
 
 
 def test_arguments_are_checked(tiny: HeteroData) -> None:
-    with pytest.raises(ValueError, match=r"edge_dropout must be in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"edge_dropout must be a number of at least 0 and below 1, got 1"):
         KGIN(edge_dropout=1)
-    with pytest.raises(ValueError, match="num_intents must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_intents must be a whole number of at least 1, got 0"):
         KGIN(num_intents=0)
-    with pytest.raises(ValueError, match="independence must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="independence must be a number of at least 0, got -1"):
         KGIN(independence=-1)
     with pytest.raises(
         ValueError, match="num_relations must be at least 1, since intents are made of relations, got 0"

@@ -146,5 +146,5 @@ def test_without_given_negatives_as_many_as_positives_are_sampled(tiny: HeteroDa
 
 
 def test_weight_is_checked() -> None:
-    with pytest.raises(ValueError, match="ls_weight must not be negative, got -1"):
+    with pytest.raises(ValueError, match="ls_weight must be a number of at least 0, got -1"):
         KGNNLS(ls_weight=-1)

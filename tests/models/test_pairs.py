@@ -161,7 +161,7 @@ def test_recommend_says_what_is_wrong(tiny: HeteroData) -> None:
     model.set_graph(tiny)
     with pytest.raises(ValueError, match=r"user_ids must be in 0\.\.2, got 0\.\.3"):
         model.recommend([0, 3])
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="k must be a whole number of at least 1, got 0"):
         model.recommend([0], k=0)
 
 

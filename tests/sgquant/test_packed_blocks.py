@@ -325,5 +325,5 @@ def test_edges_that_lead_nowhere_are_refused() -> None:
             conv(x, torch.tensor([[0], [NODES]]))
         with pytest.raises(IndexError, match="larger than 39"):
             conv(x, torch.tensor([[NODES], [0]]))
-    with pytest.raises(ValueError, match="block_edges must be at least 1, got 0"), in_blocks(conv, 0):
+    with pytest.raises(ValueError, match="block_edges must be a whole number of at least 1, got 0"), in_blocks(conv, 0):
         pass
