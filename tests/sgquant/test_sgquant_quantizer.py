@@ -248,7 +248,7 @@ def test_what_cannot_be_is_named() -> None:
         SGQuantizer(model, granularity="row")  # type: ignore[arg-type]  # refused
     with pytest.raises(ValueError, match="range must be one of minmax, percentile, ema, mse, got 'max'"):
         SGQuantizer(model, range="max")  # type: ignore[arg-type]  # refused
-    with pytest.raises(ValueError, match=r"percentile must be above 0\.5 and at most 1, got 0\.1"):
+    with pytest.raises(ValueError, match=r"percentile must be a number above 0\.5 and of at most 1, got 0\.1"):
         SGQuantizer(model, percentile=0.1)
     with pytest.raises(ValueError, match="match nothing: degree-4"):
         SGQuantizer(model, topologywise([8, 4, 4, 2, 1]))
