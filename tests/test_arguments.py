@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_tinykg import KGAT, KGCN, KGIN, KGNNLS, LightGCN, SGQuantCallback
+from lightning_tinykg import (
+    HQGNN,
+    KGAT,
+    KGCN,
+    KGIN,
+    KGNNLS,
+    BitPlan,
+    KGRecDataModule,
+    LightGCN,
+    SGQuantCallback,
+    StepAnneal,
+    WarmupThen,
+)
 from lightning_tinykg.arguments import check_choice, check_number, check_whole, check_wholes
 
 
@@ -70,6 +82,20 @@ def test_what_is_no_choice_is_named(value: Any) -> None:
         (lambda: KGNNLS(ls_weight=-1), "ls_weight must be a number of at least 0, got -1"),
         (lambda: KGIN(num_layers=1.5), r"num_layers must be a whole number of at least 0, got 1\.5"),
         (lambda: LightGCN(l2=float("nan")), "l2 must be a number of at least 0, got nan"),
+        (lambda: LightGCN(num_users=0), "num_users must be a whole number of at least 1, got 0"),
+        (lambda: LightGCN(num_items=5, num_entities=2), "num_entities must be a whole number of at least 5, got 2"),
+        (lambda: HQGNN("lightgcn"), "encoder must be a module, or the class path and arguments of one, got 'lightgcn'"),
+        (lambda: HQGNN(LightGCN(), bits=4.0), r"bits must be one of 1, 2, 4, 8, 32, got 4\.0"),
+        (lambda: HQGNN(LightGCN(), compare=4), "compare must be a list of whole numbers of at least 1, got 4"),
+        (lambda: HQGNN(LightGCN(), temperature=0), "temperature must be a number above 0, got 0"),
+        (lambda: KGRecDataModule("synthetic", num_neighbors=5), "num_neighbors must be a list of .*, got 5"),
+        (lambda: StepAnneal({"a": 2}), "bits must map counts from 0 on, 0 among them, to widths, got {'a': 2}"),
+        (lambda: StepAnneal(3), "bits must map counts from 0 on, 0 among them, to widths, got 3"),
+        (lambda: WarmupThen(3, 8, "x"), "then must be a width or a schedule, got 'x'"),
+        (lambda: BitPlan("plan.yaml"), "entries must map patterns to bits, or be a list of PlanEntry, got 'plan.yaml'"),
+        (lambda: BitPlan({3: 2}), "a pattern must be a layer, or a tuple of layer, component and topology, got 3"),
+        (lambda: BitPlan({("a", "b", "c", "d"): 2}), r"a pattern must be a layer, .*, got \('a', 'b', 'c', 'd'\)"),
+        (lambda: BitPlan(default=4.0), r"bits of \* must be one of .*, or a schedule, got 4\.0"),
         (lambda: SGQuantCallback(buckets=0), "buckets must be a whole number of at least 1, .*, got 0"),
         (lambda: SGQuantCallback(buckets=[3, 2]), r"split_points must be ascending whole numbers, got \[3, 2\]"),
         (lambda: SGQuantCallback(range="max"), "range must be one of minmax, percentile, ema, mse, got 'max'"),

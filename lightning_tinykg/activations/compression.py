@@ -327,13 +327,8 @@ class compress_activations:
         counters = {"epoch": self.epoch, "optimizer_steps": self.optimizer_steps} | {"step": None} | state_dict
         for name in ("step", "epoch", "optimizer_steps"):
             count = counters[name]
-            if name == "optimizer_steps" and count is None:
-                continue
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(
-                    f"state_dict[{name!r}] must be an integer of at least 0, got {count!r} in {state_dict!r}"
-                )
-            setattr(self, name, count)
+            if name != "optimizer_steps" or count is not None:
+                setattr(self, name, check_whole(f"state_dict[{name!r}]", count))
         largest = state_dict.get("largest_step", NO_STEP)  # a checkpoint of an earlier version has none
         if not isinstance(largest, (list, tuple)) or [type(size) for size in largest] != [int, int]:
             raise ValueError(f"state_dict['largest_step'] must be two integers, got {largest!r}")

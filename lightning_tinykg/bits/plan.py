@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_tinykg.bits import schedule as schedules
-from lightning_tinykg.bits.schedule import Schedule
+from lightning_tinykg.bits.schedule import Schedule, is_width
 
 PLAN_WIDTHS = (*range(1, 13), 16, 32)
 """What a plan can ask for. Each user of a plan says which of them it offers."""
@@ -56,7 +56,7 @@ class PlanEntry:
     topology: str = "*"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, Schedule) and (isinstance(self.bits, bool) or self.bits not in PLAN_WIDTHS):
+        if not isinstance(self.bits, Schedule) and not is_width(self.bits, PLAN_WIDTHS):
             widths = ", ".join(map(str, PLAN_WIDTHS))
             raise ValueError(f"bits of {self.pattern} must be one of {widths}, or a schedule, got {self.bits!r}")
 
@@ -68,6 +68,13 @@ class PlanEntry:
     def matches(self, place: Place) -> bool:
         """Whether a place is meant: its layer or one that holds it, its component and its topology all match."""
         return _matches(self.layer, self.component, self.topology, place)
+
+
+def _pattern(key: str | tuple[str, ...]) -> tuple[str, ...]:
+    pattern = (key,) if isinstance(key, str) else key
+    if not isinstance(pattern, tuple) or len(pattern) > 3 or not all(isinstance(part, str) for part in pattern):
+        raise ValueError(f"a pattern must be a layer, or a tuple of layer, component and topology, got {key!r}")
+    return pattern
 
 
 @lru_cache(maxsize=1 << 16)  # a search makes thousands of plans, of the same patterns
@@ -105,8 +112,9 @@ class BitPlan:
         default: int | Schedule = 8,
     ) -> None:
         if isinstance(entries, Mapping):
-            patterns = {(key,) if isinstance(key, str) else key: bits for key, bits in entries.items()}
-            entries = [PlanEntry(bits, *pattern) for pattern, bits in patterns.items()]
+            entries = [PlanEntry(bits, *_pattern(key)) for key, bits in entries.items()]
+        elif not isinstance(entries, Sequence) or not all(isinstance(entry, PlanEntry) for entry in entries):
+            raise ValueError(f"entries must map patterns to bits, or be a list of PlanEntry, got {entries!r}")
         self.entries = tuple(entries)
         self.default = PlanEntry(default).bits
         self._found: dict[Place, PlanEntry] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from lightning_tinykg.arguments import check_whole
@@ -30,8 +30,18 @@ def check_bits(bits: object, name: str = "bits") -> None:
         Traceback (most recent call last):
         ValueError: bits must be one of 1, 2, 4, 8, 32, got 3
     """
-    if isinstance(bits, bool) or not hasattr(bits, "__index__") or bits not in WIDTHS:
+    if not is_width(bits, WIDTHS):
         raise ValueError(f"{name} must be one of {', '.join(map(str, WIDTHS))}, got {bits!r}")
+
+
+def is_width(bits: object, widths: Collection[int]) -> bool:
+    """Whether it is a whole number among these: not ``True``, nor ``2.0``.
+
+    Example:
+        >>> [is_width(bits, WIDTHS) for bits in (2, 2.0, True, 3)]
+        [True, False, False, False]
+    """
+    return not isinstance(bits, bool) and hasattr(bits, "__index__") and bits in widths
 
 
 def nearest_width(bits: float) -> int:
@@ -134,9 +144,12 @@ class StepAnneal(Schedule):
     """
 
     def __init__(self, bits: Mapping[int, int], by: By = "step") -> None:
-        counts = {int(count): width for count, width in bits.items()}  # YAML and JSON have keys of text
+        try:  # YAML and JSON have keys of text
+            counts = {int(count): width for count, width in bits.items()}
+        except (AttributeError, ValueError, TypeError):
+            counts = {}
         if 0 not in counts or min(counts) < 0:
-            raise ValueError(f"bits must map counts from 0 on, 0 among them, to widths, got {dict(bits)}")
+            raise ValueError(f"bits must map counts from 0 on, 0 among them, to widths, got {bits!r}")
         for count, width in counts.items():
             check_bits(width, f"bits[{count}]")
         self.bits = dict(sorted(counts.items()))
@@ -244,6 +257,8 @@ class WarmupThen(Schedule):
         self.by = _checked_by(by)
         if isinstance(then, int):
             then = ConstantBits(then)
+        elif not isinstance(then, Schedule):
+            raise ValueError(f"then must be a width or a schedule, got {then!r}")
         elif then.by != by and not isinstance(then, ConstantBits):
             raise ValueError(f"then must count by {by!r} as WarmupThen does, got {then!r}")
         self.then = then

@@ -32,7 +32,7 @@ def check_row_bits(bits: int) -> int:
     Raises:
         ValueError: If it is not one of 1 to 8, 16 and 32.
     """
-    if isinstance(bits, bool) or bits not in ROW_BITS:
+    if type(bits) is not int or bits not in ROW_BITS:
         raise ValueError(f"bits must be one of {', '.join(map(str, ROW_BITS))}, got {bits!r}")
     return bits
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torch_geometric.data import HeteroData
 
-from lightning_tinykg.arguments import check_choice, check_number, check_whole
+from lightning_tinykg.arguments import check_choice, check_number, check_whole, check_wholes
 from lightning_tinykg.data.batches import RankingBatch
 from lightning_tinykg.data.cache import read_cached
 from lightning_tinykg.data.datasets import BPRBatches, RankingBatches, TripleBatches
@@ -46,7 +46,7 @@ class KGRecDataModule(L.LightningDataModule):
         sampling: ``"full"``: batches are ids, the model propagates over the whole graph. ``"neighbor"``: training
             batches are :data:`~lightning_tinykg.data.SampledBatch` from PyG's ``LinkNeighborLoader`` (needs the extra
             ``sampling``).
-        num_neighbors: Neighbours sampled per edge type and hop, for ``sampling="neighbor"``.
+        num_neighbors: Neighbours sampled per edge type and hop, for ``sampling="neighbor"``; -1: all.
         val_fraction: Share of every user's training interactions held out for validation; 0: none.
         test_fraction: Share of every user's interactions held out for testing where the data bring no split.
         drop_seen_test: Drop test pairs that are in the training set too. The original Last-FM split overlaps by 40 %;
@@ -106,6 +106,7 @@ class KGRecDataModule(L.LightningDataModule):
             check_number(name, fraction, least=0, below=1)
         check_whole("seed", seed)
         check_whole("num_workers", num_workers)
+        check_wholes("num_neighbors", num_neighbors, -1)  # which stands for all
         self.root = root if isinstance(root, SyntheticKG) else _synthetic(str(root), seed) or Path(root)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.triple_batch_size = triple_batch_size

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 from typing_extensions import override
 
-from lightning_tinykg.arguments import check_choice, check_number, check_whole
+from lightning_tinykg.arguments import check_choice, check_number, check_whole, check_wholes
 from lightning_tinykg.bits.schedule import ConstantBits, Schedule, check_bits, from_dict
 from lightning_tinykg.data.batches import BPRBatch
 from lightning_tinykg.hqgnn import encoders
@@ -139,9 +139,11 @@ class HQGNN(QuantizedRanking):
         for name, rate in (("lr", lr), ("quantizer_lr", quantizer_lr), ("l2", l2)):
             if rate is not None:
                 check_number(name, rate, least=0)
-        for width in compare:
+        for width in check_wholes("compare", compare, 1):
             check_bits(width, "compare")
         made = encoders.make(encoder) if isinstance(encoder, Mapping) else encoder
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"encoder must be a module, or the class path and arguments of one, got {encoder!r}")
         if warm_start is not None:
             made = encoders.warm_start(made, warm_start)
         ours = made if isinstance(made, RankingModule) else None

@@ -85,6 +85,14 @@ class RankingModule(HoldsGraph, L.LightningModule):
             raise ValueError("k must be a whole number of at least 1, or several, got none")
         check_number("lr", lr, least=0)
         check_number("l2", l2, least=0)
+        for name, size, least in (
+            ("num_users", num_users, 1),
+            ("num_items", num_items, 1),
+            ("num_entities", num_entities, num_items or 1),  # items are the first of them
+            ("num_relations", num_relations, 0),
+        ):
+            if size is not None:
+                check_whole(name, size, least)
         given = (num_users, num_items, num_entities, num_relations)
         if None in given and any(size is not None for size in given):
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_tinykg.arguments import check_choice
 from lightning_tinykg.bits.plan import BitPlan, Place
-from lightning_tinykg.bits.schedule import Schedule
+from lightning_tinykg.bits.schedule import Schedule, is_width
 from lightning_tinykg.sgquant.granularity import COMPONENTS, WIDTHS, DegreeBuckets
 from lightning_tinykg.sgquant.memory import Memory, measure
 from lightning_tinykg.sgquant.quantize import Level
@@ -224,6 +224,6 @@ def as_plan(plan: BitPlan | int | str | Path) -> BitPlan:
         return plan
     if isinstance(plan, (str, Path)):
         return BitPlan.load(plan)
-    if isinstance(plan, bool) or not hasattr(plan, "__index__") or plan not in WIDTHS:
+    if not is_width(plan, WIDTHS):
         raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}, a BitPlan or a path, got {plan!r}")
     return BitPlan(default=plan)

@@ -469,7 +469,7 @@ def test_a_plain_loop_resumes(tmp_path: Any) -> None:
 @pytest.mark.parametrize("state", [{}, {"step": -1}, {"step": "2"}, {"step": None}, {"step": 1.5}], ids=str)
 def test_a_state_of_something_else_is_refused(state: Any) -> None:
     context = tiny()
-    with pytest.raises(ValueError, match=r"state_dict\['step'\] must be an integer of at least 0, got"):
+    with pytest.raises(ValueError, match=r"state_dict\['step'\] must be a whole number of at least 0, got"):
         context.load_state_dict(state)
     assert context.step == 0
 
