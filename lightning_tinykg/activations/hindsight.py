@@ -7,7 +7,6 @@ would have to be kept to make it again; when the forward is over they are, and i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,7 +16,7 @@ from lightning_tinykg.activations.costs import Costs
 from lightning_tinykg.activations.decisions import Decider
 from lightning_tinykg.activations.keeping import AsComplex, Coded, Record
 from lightning_tinykg.activations.ledger import Entry
-from lightning_tinykg.activations.recipes import Recipe, replaced
+from lightning_tinykg.activations.recipes import Recipe
 from lightning_tinykg.activations.remaking import Making, Remade
 from lightning_tinykg.activations.storages import Layout, in_32_bits
 from lightning_tinykg.activations.values import Value
@@ -123,12 +122,12 @@ class Hindsight:
 def _bare(recipe: Recipe, depth: int = _DEEPEST) -> Recipe:
     """The same, but of what it starts from only the user's own is held."""
     if recipe.bare is None:
-        kept = {}
+        ingredients = []
         for i in recipe.ingredients:
             free = i.free or i.value.users is True  # which may not have been known when it was first used
             made = None if i.recipe is None or not depth else _bare(i.recipe, depth - 1)
-            kept[i] = replace(i, find=i.find if free else _nothing, recipe=made, free=free)
-        recipe.bare = replace(recipe, args=replaced(recipe.args, kept), ingredients=list(kept.values()))
+            ingredients.append(i.made_by(made, i.find if free else _nothing, free))
+        recipe.bare = recipe.starting_from(ingredients, recipe.steady, recipe.makings)
     return recipe.bare
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +57,13 @@ class Ingredient:
     def lingers(self) -> bool:
         """Whether it would be gone, were it not held for a finer code."""
         return self.find() is None and self.value.raw is not None
+
+    def made_by(self, recipe: Recipe | None, find: Callable[[], Tensor | None], free: bool) -> Ingredient:
+        """The same, made by another recipe and found in another way."""
+        # by hand: dataclasses.replace takes seven times as long, for each tensor of each step
+        return Ingredient(
+            find, self.whole, self.value, self.version, self.layout, self.dtype, self.floating, recipe, free
+        )
 
     def source(self) -> Tensor | None:
         """The tensor, or the one that it is a view of, if it is still there and still what it was."""
@@ -161,10 +168,37 @@ class Recipe:
         if not self.repeats:
             return None
         if self.to_the_bit is None:
-            kept = {i: i if i.recipe is None else replace(i, recipe=i.recipe.as_it_was()) for i in self.ingredients}
-            args, ingredients = replaced(self.args, kept), list(kept.values())
-            self.to_the_bit = replace(self, args=args, ingredients=ingredients, steady=True, makings={})
+            self.to_the_bit = self.starting_from(
+                [
+                    i if (made := i.recipe) is None else i.made_by(made.as_it_was(), i.find, i.free)
+                    for i in self.ingredients
+                ],
+                steady=True,
+                makings={},
+            )
         return self.to_the_bit
+
+    def starting_from(
+        self, ingredients: list[Ingredient], steady: bool, makings: dict[tuple[int, ...], weakref.ref[Making]]
+    ) -> Recipe:
+        """The same op, of other ingredients in the place of its own."""
+        args = _replaced(self.args, dict(zip(self.ingredients, ingredients, strict=True)))
+        return Recipe(
+            self.repeatable,
+            args,
+            self.kwargs,
+            ingredients,
+            self.value,
+            self.version,
+            self.shape,
+            self.stride,
+            self.dtype,
+            self.nbytes,
+            self.autocast,
+            self.repeats,
+            steady,
+            makings,
+        )
 
     def share(self, nbytes: int) -> float:
         """The share of its work that a part of ``nbytes`` of what it makes takes: all others have the rest."""
@@ -180,8 +214,8 @@ class Recipe:
         return f"{self.repeatable.name}({', '.join(dict.fromkeys(found))})"
 
 
-def replaced(argument: Any, by: dict[Ingredient, Ingredient]) -> Any:
+def _replaced(argument: Any, by: dict[Ingredient, Ingredient]) -> Any:
     """An argument with other ingredients."""
     if isinstance(argument, tuple):
-        return tuple([replaced(item, by) for item in argument])
+        return tuple([_replaced(item, by) for item in argument])
     return by[argument] if isinstance(argument, Ingredient) else argument
