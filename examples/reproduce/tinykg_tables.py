@@ -10,6 +10,7 @@ from typing import Any
 
 from reporting import spread
 from tinykg_plots import plot, plot_tuning
+from tinykg_runs import Case
 from tinykg_ways import PLAIN, WAYS, label
 
 from lightning_tinykg.activations.ledger import format_bytes
@@ -152,22 +153,31 @@ def tuning_commands(rows: list[Row]) -> list[str]:
 
 
 def commands(rows: list[Row]) -> list[str]:
-    """What makes these runs: a command for each set of seeds, and each kind of device.
+    """What makes these runs: a command for each set of seeds, kind of device and number of epochs.
 
     Example:
         >>> run = {"model": "kgat", "set": "music", "way": "2", "seed": 0}
         >>> [command.partition("--sets ")[2] for command in commands([run, run | {"seed": 1, "device": "NVIDIA A100"}])]
         ['music --ways 2 --seeds 0', 'music --ways 2 --seeds 1 --accelerator gpu']
+        >>> commands([run | {"settings": {"epochs": 3}}])[0].partition("--seeds ")[2]
+        '0 --epochs 3'
     """
+    usual = Case(rows[0]["model"], rows[0]["set"]).read().get("epochs")
+
+    def options(row: Row) -> str:
+        epochs = row.get("settings", {}).get("epochs", usual)
+        limit = "" if epochs == usual else f" --epochs {epochs}"
+        return limit + ("" if row.get("device", "cpu") == "cpu" else " --accelerator gpu")
+
     calls: dict[tuple[str, str], list[str]] = {}
     for way, own in by_way(rows).items():
-        for device in dict.fromkeys(row.get("device", "cpu") for row in own):
-            seeds = " ".join(str(row["seed"]) for row in own if row.get("device", "cpu") == device)
-            calls.setdefault((seeds, "" if device == "cpu" else " --accelerator gpu"), []).append(way)
+        for given in dict.fromkeys(options(row) for row in own):
+            seeds = " ".join(str(row["seed"]) for row in own if options(row) == given)
+            calls.setdefault((seeds, given), []).append(way)
     start = (
         f"python examples/reproduce/tinykg.py --data PATH/TO/DATA --models {rows[0]['model']} --sets {rows[0]['set']}"
     )
-    return [f"{start} --ways {' '.join(ways)} --seeds {seeds}{device}" for (seeds, device), ways in calls.items()]
+    return [f"{start} --ways {' '.join(ways)} --seeds {seeds}{given}" for (seeds, given), ways in calls.items()]
 
 
 def fill(words: str, rows: list[Row]) -> str:
