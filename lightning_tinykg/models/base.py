@@ -203,10 +203,19 @@ class RankingModule(HoldsGraph, L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the graph, and the sizes where they were not given, from the Trainer's data module."""
-        graph = getattr(getattr(self.trainer, "datamodule", None), "graph", None)
+        self._take_graph()
+        self._require_graph()
+
+    def _take_graph(self) -> None:
+        graph = getattr(getattr(self._trainer, "datamodule", None), "graph", None)
         if graph is not None:
             self.set_graph(graph)
-        self._require_graph()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is one of the built model: callbacks such as `WeightAveraging` copy it before its own `setup`."""
+        if not self.is_built:
+            self._take_graph()
+        return super().__getstate__()
 
     def _require_graph(self) -> None:
         if not self.has_graph:

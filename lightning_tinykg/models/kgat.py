@@ -183,6 +183,7 @@ class KGAT(RankingModule):
         self.groups: RelationGroups | None = None
         self.edges: SortedEdges | None = None
         self._matrix: tuple[Tensor, int, SparseMatrix] | None = None  # of these weights, at this version
+        self._is_refreshed = False
         self.edge_index: Tensor | None
         self.edge_weight: Tensor | None
         self.register_buffer("edge_index", None, persistent=False)
@@ -204,7 +205,9 @@ class KGAT(RankingModule):
         self.edge_index = graph.edge_index
         self.groups = self._group(graph)
         self.edges = None if self.attention == "in-graph" else SortedEdges(graph.edge_index, graph.num_nodes)
-        self.edge_weight = self.groups.relation_mean() if self.attention == "frozen" else None
+        # refreshed before it is used; until then it is there, since copies of a model average buffers one by one
+        self.edge_weight = None if self.attention == "in-graph" else self.groups.relation_mean()
+        self._is_refreshed = False
 
     @staticmethod
     def _group(graph: Data) -> RelationGroups:
@@ -244,11 +247,11 @@ class KGAT(RankingModule):
         assert self.edge_index is not None
         x = self.embedding.weight
         weight = self.edge_weight
-        if self.attention == "refresh" and (weight is None or not self.training):
+        if self.attention == "refresh" and not (self.training and self._is_refreshed):
             # Evaluation sees the attention of the parameters it evaluates, whenever it takes place.
             weight = self.attend(x, self.groups)
             if self.training:
-                self.edge_weight = weight
+                self.edge_weight, self._is_refreshed = weight, True
         matrix = None if weight is None else self._as_matrix(weight)
         out = self.propagate(x, self.edge_index, self.groups, weight, matrix)
         return out[self.num_entities :], out[: self.num_entities]
@@ -278,7 +281,7 @@ class KGAT(RankingModule):
         """Refresh the attention, as the published algorithm does between epochs."""
         if self.attention == "refresh":
             assert self.groups is not None
-            self.edge_weight = self.attend(self.embedding.weight, self.groups)
+            self.edge_weight, self._is_refreshed = self.attend(self.embedding.weight, self.groups), True
 
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """The TransR loss of a `TripleBatch`; the ranking loss of any other."""
@@ -298,10 +301,10 @@ class KGAT(RankingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the epoch's attention: a fit resumed in mid-epoch goes on with it."""
         if self.attention == "refresh":
-            checkpoint["kgat_attention"] = self.edge_weight
+            checkpoint["kgat_attention"] = self.edge_weight if self._is_refreshed else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the epoch's attention, where the graph is there to use it."""
         weight = checkpoint.get("kgat_attention")
         if weight is not None and self.has_graph:
-            self.edge_weight = weight.to(self.device)
+            self.edge_weight, self._is_refreshed = weight.to(self.device), True

@@ -4,9 +4,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 
-from lightning_tinykg.models import KGAT, LightGCN, MostPopular, RankingModule
+from lightning_tinykg.hqgnn import HQGNN
+from lightning_tinykg.models import KGAT, KGIN, LightGCN, MostPopular, RankingModule
 
 SMALL: dict[str, Any] = {"dim": 16, "layer_dims": (16, 8), "relation_dim": 16, "lr": 5e-3}
 
@@ -75,6 +76,28 @@ def test_a_resumed_fit_repeats_the_uninterrupted_one(
     fit(resumed, make_data(), fit_options, max_epochs=4, ckpt_path=saved[0])
     for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("average", [WeightAveraging, EMAWeightAveraging])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: KGAT(dim=8, layer_dims=(8,)),
+        lambda: KGAT(dim=8, layer_dims=(8,), attention="in-graph"),
+        lambda: KGIN(dim=8),
+        lambda: HQGNN(LightGCN(dim=8), bits=2),
+    ],
+    ids=["kgat", "kgat-in-graph", "kgin", "hqgnn"],
+)
+def test_what_copies_a_model_before_it_has_its_sizes_copies_the_built_one(
+    make: Any, average: Any, make_data: Any, fit_options: dict[str, Any]
+) -> None:
+    model, callback = make(), average()
+    triples = "auto" if isinstance(model, KGAT) else None
+    trainer = fit(model, make_data(triple_batch_size=triples), fit_options, max_epochs=2, callbacks=[callback])
+    averaged = callback._average_model.module
+    assert [name for name, _ in averaged.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert trainer.test(model, make_data(triple_batch_size=triples), verbose=False)
 
 
 def test_popularity_needs_no_training(make_data: Any, fit_options: dict[str, Any]) -> None:
