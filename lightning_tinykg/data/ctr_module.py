@@ -124,7 +124,7 @@ class CTRDataModule(KGRecDataModule):
     def train_dataloader(self) -> Any:
         """One epoch of labelled training pairs."""
         batches = CTRBatches(self.labelled["train"], batch_size=self.batch_size)
-        return self._resumable(batches, batches.num_rows, self.batch_size)
+        return self._resumable(batches)
 
     def val_dataloader(self) -> Any:
         """The validation pairs. No loader if there are none."""

@@ -36,11 +36,19 @@ class StepBatches(Dataset[T]):
     def __init__(self, num_rows: int, batch_size: int, seed: int, stream: int) -> None:
         self.num_rows, self.batch_size, self.seed, self.stream = num_rows, batch_size, seed, stream
 
-    def __len__(self) -> int:
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch, in one process."""
         return -(-self.num_rows // self.batch_size)
+
+    def __len__(self) -> int:
+        """Rows, which Lightning's `BatchSizeFinder` bounds a batch by. Batches are counted by the loader's sampler."""
+        return self.num_rows
 
     def __getitem__(self, step: Step | int) -> T:
         if not isinstance(step, Step):
+            if step >= self.num_batches:
+                raise IndexError(f"batch must be in 0..{self.num_batches - 1}, got {step}")
             rows = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, self.num_rows))
             step = Step(rows, (0, step, 0))
         return self.make(step.rows, np.random.default_rng([self.seed, self.stream, *step.key]))

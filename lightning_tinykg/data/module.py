@@ -6,14 +6,14 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 from torch_geometric.data import HeteroData
 
 from lightning_tinykg.arguments import check_choice, check_number, check_whole, check_wholes
 from lightning_tinykg.data.batches import RankingBatch
 from lightning_tinykg.data.cache import read_cached
-from lightning_tinykg.data.datasets import BPRBatches, RankingBatches, TripleBatches
+from lightning_tinykg.data.datasets import BPRBatches, RankingBatches, StepBatches, TripleBatches
 from lightning_tinykg.data.files import KGRecFiles, contains_pairs
 from lightning_tinykg.data.graph import build_graph, collaborative_graph
 from lightning_tinykg.data.loaders import PhasedLoader, ResumableLoader, ShardedBatches
@@ -220,12 +220,12 @@ class KGRecDataModule(L.LightningDataModule):
         else:
             sizes = {"num_users": self.num_users, "num_items": self.num_items}
             batches = BPRBatches(self.train_pairs, seed=self.seed, batch_size=self.batch_size, **sizes)
-            bpr = self._resumable(batches, batches.num_rows, self.batch_size)
+            bpr = self._resumable(batches)
         if self.triple_batch_size is None:
             return bpr
         size = self._triple_batch_size()
         triples = TripleBatches(collaborative_graph(self.graph), seed=self.seed, batch_size=size)
-        return PhasedLoader([bpr, self._resumable(triples, triples.num_rows, size)])
+        return PhasedLoader([bpr, self._resumable(triples)])
 
     def val_dataloader(self) -> Any:
         """Chunks of the users with validation items; training items are to be excluded. No loader if there are none."""
@@ -247,8 +247,12 @@ class KGRecDataModule(L.LightningDataModule):
         size: int = max(self.files.triples.shape[1] // steps, 1)
         return size
 
-    def _resumable(self, batches: Any, num_rows: int, batch_size: int) -> ResumableLoader[Any]:
-        sampler = ShardedBatches(num_rows, batch_size=batch_size, seed=self.seed, **self._shard())
+    def _resumable(self, batches: StepBatches[Any]) -> ResumableLoader[Any]:
+        sampler: Sampler[Any] = ShardedBatches(
+            batches.num_rows, batch_size=batches.batch_size, seed=self.seed, **self._shard()
+        )
+        if self.trainer is not None and self.trainer.overfit_batches:  # Lightning sees to loaders that are not phases
+            sampler = SequentialSampler(range(batches.num_batches))
         return ResumableLoader(batches, sampler=sampler, batch_size=None, **self._loader_options())
 
     def _ranking(self, exclude: list[str], target: str) -> DataLoader[RankingBatch]:

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 
 from lightning_tinykg.data import KGRecDataModule, RankingBatch
@@ -64,10 +65,31 @@ def test_resumed_fit_gets_the_same_batches(tmp_path: Path, workers: int) -> None
         assert rest == whole[step:], step
 
 
-def test_overfit_batches_repeats_one_batch() -> None:
-    given = fit(data=KGRecDataModule("synthetic:1000", batch_size=100), overfit_batches=1).given
-    assert len(given) == 3
-    assert given[0] == given[1] == given[2]
+@pytest.mark.parametrize("triple_batch_size", [None, 64])
+def test_overfit_batches_repeats_the_first_batches(triple_batch_size: int | None) -> None:
+    data = KGRecDataModule("synthetic:1000", batch_size=100, triple_batch_size=triple_batch_size)
+    given = fit(data=data, overfit_batches=2).given
+    assert len(given) == 6
+    assert given[:2] == given[2:4] == given[4:]
+
+
+@pytest.mark.parametrize("triple_batch_size", [None, 64])
+def test_a_batch_grows_up_to_all_rows(triple_batch_size: int | None) -> None:
+    data = KGRecDataModule("synthetic:3000", batch_size=8, triple_batch_size=triple_batch_size)
+    trainer = L.Trainer(
+        max_epochs=20, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    Tuner(trainer).scale_batch_size(Recorder(), datamodule=data, init_val=64, steps_per_trial=1, max_trials=20)
+    assert data.batch_size >= data.train_pairs.shape[1]
+
+
+def test_a_batch_that_there_is_none_of_is_an_error() -> None:
+    data = KGRecDataModule("synthetic:1000", batch_size=100)
+    data.setup()
+    batches = data.train_dataloader().dataset
+    assert sum(len(batches[i].user) for i in range(batches.num_batches)) == len(batches)
+    with pytest.raises(IndexError, match=r"batch must be in 0\.\."):
+        batches[batches.num_batches]
 
 
 def test_evaluation_ranks_every_user_with_a_target_once() -> None:
