@@ -235,6 +235,12 @@ class KGRecDataModule(L.LightningDataModule):
         """Chunks of the users with test items; training and validation items are to be excluded."""
         return self._ranking(["train", "val"], "test") if self.test_pairs.shape[1] else []
 
+    def predict_dataloader(self) -> Any:
+        """Chunks of all users' ids, int64 `[U]`, of which each process has its share."""
+        share = self._shard()
+        users = torch.arange(self.num_users)[share["rank"] :: share["num_replicas"]]
+        return self._in_order(torch.split(users, self.eval_batch_size))
+
     def _read(self) -> KGRecFiles:
         if isinstance(self.root, SyntheticKG):
             return self.root.generate()
@@ -257,7 +263,11 @@ class KGRecDataModule(L.LightningDataModule):
 
     def _ranking(self, exclude: list[str], target: str) -> DataLoader[RankingBatch]:
         tables = [self._by_user[name] for name in exclude]
-        batches = RankingBatches(tables, self._by_user[target], chunk=self.eval_batch_size, **self._shard())
+        return self._in_order(
+            RankingBatches(tables, self._by_user[target], chunk=self.eval_batch_size, **self._shard())
+        )
+
+    def _in_order(self, batches: Any) -> DataLoader[Any]:
         # Already sharded: a DistributedSampler of one keeps Lightning from sharding again, which would repeat users.
         sampler: DistributedSampler[Any] = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)
         return DataLoader(batches, sampler=sampler, batch_size=None, **self._loader_options(workers=0))

@@ -1,7 +1,7 @@
 """What every recommender here shares: training on pairs, the full ranking with its metrics, and `recommend`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -16,7 +16,7 @@ from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
 from lightning_tinykg.models.functional import best_scored, bpr_loss, dot_products, half_squared_norm
 from lightning_tinykg.models.graph_buffers import HoldsGraph, leave_graph_out_of_ddp
 
-__all__ = ["RankingModule"]
+__all__ = ["RankingModule", "Recommendations"]
 
 SIZES = ("num_users", "num_items", "num_entities", "num_relations")
 
@@ -33,6 +33,20 @@ class _Recall(_Summed, LinkPredRecall): ...  # type: ignore[misc]  # PyG is not 
 
 
 class _NDCG(_Summed, LinkPredNDCG): ...  # type: ignore[misc]  # PyG is not typed
+
+
+class Recommendations(NamedTuple):
+    """What `Trainer.predict` gives for a chunk of users.
+
+    Attributes:
+        user: User ids, int64 `[U]`.
+        items: The best items for each, best first, int64 `[U, k]`; `-1` where a user has fewer left.
+        scores: Their scores, float `[U, k]`; `-inf` there.
+    """
+
+    user: Tensor
+    items: Tensor
+    scores: Tensor
 
 
 class RankingModule(HoldsGraph, L.LightningModule):
@@ -106,6 +120,7 @@ class RankingModule(HoldsGraph, L.LightningModule):
         )
         self.is_built, self.has_graph = False, False
         self._embedded: tuple[Tensor, Tensor] | None = None
+        self._scorer: Callable[[Tensor], Tensor] | None = None  # while it predicts
         for name in ("_seen_ptr", "_seen_item"):
             self.register_buffer(name, None, persistent=False)
         self._seen_ptr: Tensor | None
@@ -215,7 +230,7 @@ class RankingModule(HoldsGraph, L.LightningModule):
         """A copy is one of the built model: callbacks such as `WeightAveraging` copy it before its own `setup`."""
         if not self.is_built:
             self._take_graph()
-        return super().__getstate__()
+        return super().__getstate__() | {"_scorer": None}
 
     def _require_graph(self) -> None:
         if not self.has_graph:
@@ -301,6 +316,19 @@ class RankingModule(HoldsGraph, L.LightningModule):
         self._embedded = None
 
     # -- for the user ------------------------------------------------------------------------------------------------
+
+    def on_predict_epoch_start(self) -> None:
+        """Embed the graph once for all users."""
+        self._scorer = self.scorer()
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Recommendations:
+        """The best items for a chunk of users, int64 `[U]`: as many as the largest `k`, no training items."""
+        assert self._scorer is not None
+        return Recommendations(batch, *best_scored(self._scorer(batch), self.max_k, self._seen(batch)))
+
+    def on_predict_epoch_end(self) -> None:
+        """Let go of the embeddings."""
+        self._scorer = None
 
     def forward(self, user_ids: Tensor, item_ids: Tensor) -> Tensor:
         """Scores of some pairs.

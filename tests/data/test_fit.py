@@ -115,6 +115,22 @@ class Ranks(Recorder):
         ranked = [user for share in shares for user in share[2]]
         assert sorted(ranked) == sorted(set(data.val_pairs[0].tolist()))
 
+    def predict_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.ranked += batch.tolist()
+
+    def on_predict_epoch_end(self) -> None:
+        shares: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(shares, self.ranked)
+        data: Any = self.trainer.datamodule
+        assert all(shares)
+        assert sorted(user for share in shares for user in share) == list(range(data.num_users))
+
+
+@pytest.mark.ddp
+def test_ranks_share_the_users_of_a_prediction() -> None:
+    trainer = L.Trainer(devices=2, strategy="ddp_fork", accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.predict(Ranks(), make_data())
+
 
 @pytest.mark.ddp
 def test_ranks_share_the_data() -> None:

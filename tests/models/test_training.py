@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 
 from lightning_tinykg.hqgnn import HQGNN
-from lightning_tinykg.models import KGAT, KGIN, LightGCN, MostPopular, RankingModule
+from lightning_tinykg.models import KGAT, KGCN, KGIN, LightGCN, MostPopular, RankingModule
 
 SMALL: dict[str, Any] = {"dim": 16, "layer_dims": (16, 8), "relation_dim": 16, "lr": 5e-3}
 
@@ -98,6 +99,30 @@ def test_what_copies_a_model_before_it_has_its_sizes_copies_the_built_one(
     averaged = callback._average_model.module
     assert [name for name, _ in averaged.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert trainer.test(model, make_data(triple_batch_size=triples), verbose=False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: KGAT(dim=8, layer_dims=(8,), k=[5, 10]),
+        lambda: KGCN(dim=8, k=10),
+        lambda: HQGNN(LightGCN(dim=8), bits=2, k=10),
+        lambda: MostPopular(k=10),
+    ],
+    ids=["kgat", "kgcn", "hqgnn", "popular"],
+)
+def test_predictions_are_recommendations_for_all_users(make: Any, make_data: Any, fit_options: dict[str, Any]) -> None:
+    model, data = make(), make_data(triple_batch_size=None, eval_batch_size=30)
+    trainer = L.Trainer(**fit_options | {"max_epochs": 1, "enable_checkpointing": False})
+    if not isinstance(model, MostPopular):
+        trainer.fit(model, data)
+    chunks: Any = trainer.predict(model, data)
+    users, items, scores = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    assert users.tolist() == list(range(data.num_users))
+    found, best = model.recommend(users, k=10, chunk_size=30)  # in the same chunks, to the last bit
+    assert torch.equal(items, found)
+    assert torch.equal(scores, best)
+    copy.deepcopy(model)  # nothing that can't be is left behind
 
 
 def test_popularity_needs_no_training(make_data: Any, fit_options: dict[str, Any]) -> None:
