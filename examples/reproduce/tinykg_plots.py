@@ -104,7 +104,7 @@ def plot_tuning(rows: list[dict[str, Any]], path: Path) -> None:
             for marker, some in (("o", own), ("*", [row for row in own if row["trial"] == 0])):
                 places, heights = [row["tuned"][setting] for row in some], [row["best"] for row in some]
                 named = model if marker == "o" else None
-                axes.scatter(places, heights, 24 if named else 160, f"C{number}", marker, label=named)
+                axes.scatter(places, heights, s=24 if named else 160, c=f"C{number}", marker=marker, label=named)
         axes.set_xscale("log")
         axes.set_xlabel(f"{setting}, {of}")
         axes.legend(fontsize=7, frameon=False)

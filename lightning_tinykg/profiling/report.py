@@ -136,7 +136,7 @@ class Profile:
         from matplotlib.figure import Figure
 
         rows, curve = self.rows()[:limit][::-1], self.curve()
-        figure = Figure(figsize=(14, 2.5 + 0.28 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(14, 2.5 + 0.28 * max(len(rows), 4)), layout="constrained")
         bars, errors = figure.subplots(1, 2, width_ratios=(3, 2))
         names = [f"{row['module'] or '-'}  {row['op']}" for row in rows]
         bars.barh(names, [row["raw_bytes"] / MIB for row in rows], color="#d5dce6", label="raw")
