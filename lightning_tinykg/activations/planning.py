@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from glob import escape
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,9 @@ REPLANNED = (0, 100, 1000)
 
 _NEW = 10
 
+UNIFORM = (4, 2, 1)
+"""Widths for all, which are tried one after the other where a choice took more than the budget."""
+
 
 @dataclass
 class KindOfStep:
@@ -40,6 +43,8 @@ class KindOfStep:
         predicted: the gradient's error that is expected, relative to its norm.
         stored: bytes that are expected.
         bits: the mean width of the tensors that are rounded.
+        uniform: the width that all have, since no choice that fits is as good; None where bits are chosen.
+        too_wide: the least width of all that took more than the budget.
     """
 
     steps: int = 0
@@ -52,6 +57,14 @@ class KindOfStep:
     predicted: float = 0.0
     stored: int = 0
     bits: float = 8.0
+    uniform: int | None = None
+    too_wide: int | None = None
+
+    def predicted_at(self, width: int) -> float:
+        """The gradient's error that is expected of one width for all."""
+        at_most = [[o for o in tensor.options if o.bits <= width] or tensor.options[:1] for tensor in self.sensitive]
+        variance = sum(max(options, key=lambda option: option.bits).variance for options in at_most)
+        return sqrt(variance) / self.norm if self.norm else 0.0
 
 
 class Planner:
@@ -82,6 +95,8 @@ class Planner:
     def is_due(self) -> bool:
         """Whether the next step is one to measure in."""
         steps = self.now.steps
+        if self.now.uniform is not None:
+            return False
         return self.now.plan is None or steps in REPLANNED or steps % (10 * REPLANNED[-1]) == 0
 
     @property
@@ -144,7 +159,7 @@ class Planner:
         """A step is over: count it; if it took more than the budget, choose for less from the next on.
 
         Raises:
-            BudgetTooSmall: if no choice is for less.
+            BudgetTooSmall: if no choice is for less, and no one width for all either.
         """
         now = self.now
         measured = self.is_due
@@ -155,9 +170,33 @@ class Planner:
         if self.most is not None:  # a word between the ranks, while a plan is new
             since = now.steps - max(step for step in self._measured_at(now.steps))
             excess = self.most(excess) if since <= _NEW else 0
-        if excess > 0:  # batches differ, and so do indices and masks: what was not reckoned with is fixed from now on
+        if excess <= 0:
+            return
+        if now.uniform is None:  # batches differ, and so do indices and masks: what was not reckoned with is fixed now
             now.fixed += excess + now.target - now.stored
+        else:
+            now.too_wide = now.uniform
+        self._narrow(now, ledger)
+
+    def _narrow(self, now: KindOfStep, ledger: Ledger) -> None:
+        """Choose for less, or try one width for all, if that is expected to be better than what can be chosen.
+
+        Where widths differ, less can be made of what is kept for others, and what a choice takes is reckoned too high.
+        What one width takes is seen when it is tried: no more than the step took that was measured.
+        """
+        now.uniform = None
+        try:
             self._allocate(now)
+            to_beat = now.predicted
+        except BudgetTooSmall:
+            to_beat = inf
+        for width in UNIFORM:
+            if (now.too_wide is None or width < now.too_wide) and (predicted := now.predicted_at(width)) < to_beat:
+                now.plan, now.uniform = BitPlan(default=width), width
+                now.bits, now.predicted = float(width), predicted
+                return
+        if to_beat == inf:
+            raise BudgetTooSmall(self.budget.bytes_of(ledger.raw_bytes), ledger.stored_bytes)
 
     @staticmethod
     def _measured_at(steps: int) -> Iterable[int]:
@@ -188,7 +227,7 @@ class Planner:
         """Go on where :meth:`state_dict` was taken."""
         self.kinds = {
             name: KindOfStep(
-                **{key: kind[key] for key in _PLAIN},
+                **{key: kind[key] for key in _PLAIN if key in kind},
                 plan=None if kind["plan"] is None else BitPlan.from_dict(kind["plan"]),
                 sensitive=[
                     Sensitive(frozenset(Place(*place) for place in places), tuple(Option(*o) for o in options))
@@ -199,4 +238,4 @@ class Planner:
         }
 
 
-_PLAIN = ("steps", "fixed", "raw", "norm", "target", "predicted", "stored", "bits")
+_PLAIN = ("steps", "fixed", "raw", "norm", "target", "predicted", "stored", "bits", "uniform", "too_wide")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.nn import GATConv
 
-from lightning_tinykg import BitPlan, Ledger, compress_activations
+from lightning_tinykg import KGAT, BitPlan, KGRecDataModule, Ledger, compress_activations
 from lightning_tinykg.bits import PlanEntry
 from lightning_tinykg.bits.budget import BudgetTooSmall
 
@@ -189,6 +189,40 @@ def test_who_matters_gets_more() -> None:
     assert isinstance(strong, int)
     assert isinstance(weak, int)
     assert strong > weak
+
+
+def test_where_a_choice_takes_more_than_was_reckoned_one_width_for_all_is_tried() -> None:
+    """KGAT's sum and product share what they are made of, as long as that is kept in one width."""
+    data = KGRecDataModule("synthetic:20000", batch_size=512)
+    data.setup()
+    torch.manual_seed(0)
+    model = KGAT(dim=64, layer_dims=(64,), attention="frozen", dropout=0.0)
+    model.set_graph(data.graph)
+    batch = next(iter(data.train_dataloader()))
+
+    def loss() -> Tensor:
+        users, items = model.embed()
+        taste = users[batch.user]
+        return -F.logsigmoid((taste * items[batch.positive]).sum(1) - (taste * items[batch.negative]).sum(1)).mean()
+
+    def run(context: compress_activations) -> Ledger:
+        for _ in range(6):
+            with context as ledger:
+                found = loss()
+            context.plan_for(found, model.parameters())
+        return ledger
+
+    in_two_bits = run(compress_activations(bits=2))
+    context = compress_activations(budget=in_two_bits.stored_bytes)
+    assert run(context).stored_bytes <= in_two_bits.stored_bytes
+    assert context.bits == context.mean_bits == 2
+    resumed = compress_activations(budget=in_two_bits.stored_bytes)
+    resumed.load_state_dict(json.loads(json.dumps(context.state_dict())))
+    assert resumed.planner is not None
+    assert resumed.plan_in_force == context.plan_in_force
+    assert resumed.planner.now.too_wide == 4
+    with pytest.raises(BudgetTooSmall, match="budget must be at least"):
+        run(compress_activations(budget=in_two_bits.stored_bytes // 2))
 
 
 def test_a_budget_that_cannot_be_met_says_what_could() -> None:
