@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from operator import index
 from typing import Any
 
-__all__ = ["check_choice", "check_number", "check_whole", "check_wholes"]
+__all__ = ["check_choice", "check_number", "check_whole", "check_wholes", "is_width"]
 
 
 def check_whole(name: str, value: Any, least: int = 0, otherwise: str = "") -> int:
@@ -135,3 +135,13 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], otherwise: str =
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}{otherwise}, got {value!r}")
+
+
+def is_width(bits: object, widths: Collection[int]) -> bool:
+    """Whether it is a whole number among these: not ``True``, nor ``2.0``.
+
+    Example:
+        >>> [is_width(bits, (1, 2, 4)) for bits in (2, 2.0, True, 3)]
+        [True, False, False, False]
+    """
+    return not isinstance(bits, bool) and hasattr(bits, "__index__") and bits in widths

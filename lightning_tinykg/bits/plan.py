@@ -15,8 +15,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from lightning_tinykg.arguments import is_width
 from lightning_tinykg.bits import schedule as schedules
-from lightning_tinykg.bits.schedule import Schedule, is_width
+from lightning_tinykg.bits.schedule import Schedule
 
 PLAN_WIDTHS = (*range(1, 13), 16, 32)
 """What a plan can ask for. Each user of a plan says which of them it offers."""
@@ -70,7 +71,16 @@ class PlanEntry:
         return _matches(self.layer, self.component, self.topology, place)
 
 
-def _pattern(key: str | tuple[str, ...]) -> tuple[str, ...]:
+def pattern_of(key: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The patterns that a key of a plan stands for: of a layer; or of it, a component and a topology.
+
+    Raises:
+        ValueError: if it is anything else.
+
+    Example:
+        >>> pattern_of("head"), pattern_of(("layers", "Mul.self"))
+        (('head',), ('layers', 'Mul.self'))
+    """
     pattern = (key,) if isinstance(key, str) else key
     if not isinstance(pattern, tuple) or len(pattern) > 3 or not all(isinstance(part, str) for part in pattern):
         raise ValueError(f"a pattern must be a layer, or a tuple of layer, component and topology, got {key!r}")
@@ -112,7 +122,7 @@ class BitPlan:
         default: int | Schedule = 8,
     ) -> None:
         if isinstance(entries, Mapping):
-            entries = [PlanEntry(bits, *_pattern(key)) for key, bits in entries.items()]
+            entries = [PlanEntry(bits, *pattern_of(key)) for key, bits in entries.items()]
         elif not isinstance(entries, Sequence) or not all(isinstance(entry, PlanEntry) for entry in entries):
             raise ValueError(f"entries must map patterns to bits, or be a list of PlanEntry, got {entries!r}")
         self.entries = tuple(entries)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from lightning_tinykg.arguments import check_whole
+from lightning_tinykg.arguments import check_whole, is_width
 
 WIDTHS = (1, 2, 4, 8, 32)
 """The widths there are; 32 is exact."""
@@ -32,16 +32,6 @@ def check_bits(bits: object, name: str = "bits") -> None:
     """
     if not is_width(bits, WIDTHS):
         raise ValueError(f"{name} must be one of {', '.join(map(str, WIDTHS))}, got {bits!r}")
-
-
-def is_width(bits: object, widths: Collection[int]) -> bool:
-    """Whether it is a whole number among these: not ``True``, nor ``2.0``.
-
-    Example:
-        >>> [is_width(bits, WIDTHS) for bits in (2, 2.0, True, 3)]
-        [True, False, False, False]
-    """
-    return not isinstance(bits, bool) and hasattr(bits, "__index__") and bits in widths
 
 
 def nearest_width(bits: float) -> int:

@@ -8,7 +8,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from lightning_tinykg.bits.plan import BitPlan, Place, PlanEntry
+from lightning_tinykg.bits.plan import BitPlan, Place, PlanEntry, pattern_of
 
 __all__ = ["Choice", "SearchSpace"]
 
@@ -46,7 +46,7 @@ class SearchSpace:
         self.default = default
         patterns, offered = [], []
         for key, widths in choices.items():
-            pattern = PlanEntry(default, *((key,) if isinstance(key, str) else key)).pattern
+            pattern = PlanEntry(default, *pattern_of(key)).pattern
             if isinstance(widths, int) or not widths:
                 raise ValueError(f"choices[{str(pattern)!r}] must be some widths, such as (2, 4, 8), got {widths!r}")
             patterns.append(pattern)

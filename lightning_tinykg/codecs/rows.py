@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tinykg.arguments import is_width
 from lightning_tinykg.codecs.chunks import chunk_elements
 from lightning_tinykg.codecs.kernels import kernels_for
 from lightning_tinykg.codecs.packing import PLANES, packed_size
@@ -32,7 +33,7 @@ def check_row_bits(bits: int) -> int:
     Raises:
         ValueError: If it is not one of 1 to 8, 16 and 32.
     """
-    if type(bits) is not int or bits not in ROW_BITS:
+    if not is_width(bits, ROW_BITS):
         raise ValueError(f"bits must be one of {', '.join(map(str, ROW_BITS))}, got {bits!r}")
     return bits
 

@@ -8,31 +8,17 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
-from torch_geometric.metrics import LinkPredMetricCollection, LinkPredNDCG, LinkPredRecall
 from torch_geometric.utils import cumsum
 
 from lightning_tinykg.arguments import check_number, check_whole, check_wholes
 from lightning_tinykg.data.batches import BPRBatch, RankingBatch, TripleBatch
 from lightning_tinykg.models.functional import best_scored, bpr_loss, dot_products, half_squared_norm
 from lightning_tinykg.models.graph_buffers import HoldsGraph, leave_graph_out_of_ddp
+from lightning_tinykg.models.ranking_metrics import ranking_metrics
 
 __all__ = ["RankingModule", "Recommendations"]
 
 SIZES = ("num_users", "num_items", "num_entities", "num_relations")
-
-
-class _Summed:
-    """Sums in float64: in float32, the last digit of a mean would hang on how the users are shared among processes."""
-
-    def _compute(self, data: Any) -> Tensor:
-        values: Tensor = super()._compute(data)  # type: ignore[misc]  # a mixin's
-        return values if values.device.type == "mps" else values.double()  # which has no float64
-
-
-class _Recall(_Summed, LinkPredRecall): ...  # type: ignore[misc]  # PyG is not typed
-
-
-class _NDCG(_Summed, LinkPredNDCG): ...  # type: ignore[misc]  # PyG is not typed
 
 
 class Recommendations(NamedTuple):
@@ -115,9 +101,7 @@ class RankingModule(HoldsGraph, L.LightningModule):
         self.lr, self.l2, self.max_k = lr, l2, max(cutoffs)
         self.num_users, self.num_items = num_users or 0, num_items or 0
         self.num_entities, self.num_relations = num_entities or 0, num_relations or 0
-        self.metrics = LinkPredMetricCollection(
-            {f"recall@{c}": _Recall(c) for c in cutoffs} | {f"ndcg@{c}": _NDCG(c) for c in cutoffs}
-        )
+        self.metrics = ranking_metrics(cutoffs)
         self.is_built, self.has_graph = False, False
         self._embedded: tuple[Tensor, Tensor] | None = None
         self._scorer: Callable[[Tensor], Tensor] | None = None  # while it predicts

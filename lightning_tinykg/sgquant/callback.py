@@ -79,11 +79,8 @@ class SGQuantCallback(Callback):
         seed: int = 0,
         calibration_step: Callable[[LightningModule, Any], object] | None = None,
     ) -> None:
-        for name, value, least in (
-            ("finetune_epochs", finetune_epochs, 0),
-            ("calibration_batches", calibration_batches, 1),
-        ):
-            check_whole(name, value, least)
+        check_whole("finetune_epochs", finetune_epochs)
+        check_whole("calibration_batches", calibration_batches, 1)
         self.plan = as_plan(plan)
         self.finetune_epochs, self.calibration_batches = finetune_epochs, calibration_batches
         self.calibration_step = calibration_step

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
 from lightning_tinykg.sgquant.blocks import in_blocks
+from lightning_tinykg.sgquant.copying import copied
 from lightning_tinykg.sgquant.files import PackedFileError
 from lightning_tinykg.sgquant.granularity import DegreeBuckets
 from lightning_tinykg.sgquant.graphs import Graphs
@@ -110,9 +109,7 @@ class PackedModel(nn.Module):
                         tables[site.parameter] = memo[id(table)] = packed
                     else:  # codes decode to float32
                         memo[id(table)] = nn.Parameter(packed.decode().to(table.dtype), requires_grad=False)
-            memo |= _without_graphs(quantizer.model)
-            model = copy.deepcopy(quantizer.model, memo)
-            _uncompile_methods(model, memo)
+            model = copied(quantizer.model, memo)
         finally:
             if was_attached:
                 quantizer.attach()
@@ -311,28 +308,6 @@ class PackedModel(nn.Module):
             raise PackedFileError(f"{folder}: of another model: {error}") from None
         model.requires_grad_(False)
         return packed
-
-
-def _without_graphs(model: nn.Module) -> dict[int, Any]:
-    """By identity: copies of what modules noted in their last step, as PyG's `VGAE` does, which PyTorch won't copy."""
-    return {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in (*vars(module).values(), *module._buffers.values())
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-
-
-def _uncompile_methods(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Give a copied module methods of its own where it has compiled ones, which stay those of what it was copied from.
-
-    Lightning puts them there, of a module that was given to the Trainer as `torch.compile(module)`.
-    """
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            method = getattr(value, "_torchdynamo_orig_callable", None)
-            if isinstance(method, MethodType) and id(method.__self__) in memo:
-                module.__dict__[name] = MethodType(method.__func__, memo[id(method.__self__)])
 
 
 def _pack_table(

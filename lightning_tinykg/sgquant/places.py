@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lightning_tinykg.arguments import check_choice
+from lightning_tinykg.arguments import check_choice, is_width
 from lightning_tinykg.bits.plan import BitPlan, Place
-from lightning_tinykg.bits.schedule import Schedule, is_width
+from lightning_tinykg.bits.schedule import Schedule
 from lightning_tinykg.sgquant.granularity import COMPONENTS, WIDTHS, DegreeBuckets
 from lightning_tinykg.sgquant.memory import Memory, measure
 from lightning_tinykg.sgquant.quantize import Level
